@@ -1,0 +1,162 @@
+"""How a gradient passes an equilibrium z* = f(z*).
+
+Each class gets f and the solution of the forward solve and returns ``f(z*)`` with a graph on it.
+They differ in what they make of the gradient v that arrives there, where J is the Jacobian of f
+at z*; exact is (I - J')^-1 v (paper, Eq. 3).
+
+=========================  ==============================  ============================
+gradient                   v becomes                       cost, beyond one f and vjp
+=========================  ==============================  ============================
+ImplicitGradient           (I - J')^-1 v to tol            max_iter vjp, solver memory
+TruncatedGradient          sum of the first k + 1 (J')^i v k vjp
+JacobianFreeGradient       v                               none
+PhantomGradient            v through k damped layers       k f and vjp, k graphs
+=========================  ==============================  ============================
+"""
+
+from typing import Any, Callable, Dict, Optional, Union
+
+import torch
+from mmengine.registry import TASK_UTILS
+from torch import Tensor
+
+from .build import build_part
+from .options import check_int, check_number, checks_options
+from .solvers import Solution, Solver, solve
+from .solvers.base import Function
+
+Report = Callable[[Solution], None]
+
+
+class Gradient:
+    """A way for a gradient to pass an equilibrium."""
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        """``f(z*)``, (N, D), differentiable in all that f depends on.
+
+        Args:
+            f: The function of the equilibrium.
+            solution: What :func:`~mdeq_mm.solvers.solve` found.
+            report: Called with the solution of the backward solve, once there is one.
+        """
+        raise NotImplementedError
+
+
+def _one_call(f: Function, solution: Solution) -> tuple:
+    """``z*`` as a leaf and ``f(z*)`` with its graph."""
+    z = solution.z.detach().requires_grad_()
+    return z, f(z)
+
+
+def _on_gradient(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``out``, with ``change`` applied to the gradient that reaches it.
+
+    The hook sits on a view: the graph of ``out`` itself stays free of it, so the hook may
+    differentiate ``out`` again, nothing has to be removed, and forwards do not share state.
+    """
+    if not out.requires_grad:
+        return out
+    view = out.view_as(out)
+
+    def hook(grad: Optional[Tensor]) -> Optional[Tensor]:
+        if grad is None:
+            return None
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'Second derivatives through an equilibrium are not available from the backward '
+                'hook. Call backward without create_graph=True, or set unrolled_layers.'
+            )
+        return change(grad)
+
+    view.register_hook(hook)
+    return view
+
+
+@TASK_UTILS.register_module()
+@checks_options
+class ImplicitGradient(Gradient):
+    """The exact gradient: solves g = J'g + v in the backward hook (paper, Eq. 4).
+
+    Args:
+        solver (dict | Solver): Solver of the linear fixed point, started at v.
+    """
+
+    def __init__(self, solver: Union[Dict[str, Any], Solver]) -> None:
+        self.solver = build_part(solver, Solver)
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        z, out = _one_call(f, solution)
+
+        def change(v: Tensor) -> Tensor:
+            adjoint = solve(
+                lambda g: torch.autograd.grad(out, z, g, retain_graph=True)[0] + v, v, self.solver
+            )
+            if report is not None:
+                report(adjoint)
+            return adjoint.z
+
+        return _on_gradient(out, change)
+
+
+@TASK_UTILS.register_module()
+@checks_options
+class TruncatedGradient(Gradient):
+    """The first terms of the Neumann series: v + J'v + ... + (J')^steps v.
+
+    Biased by what the series leaves out, at most ``rho^(steps + 1)`` of the exact gradient for
+    a J of norm rho < 1.
+
+    Args:
+        steps (int): Vector-Jacobian products.
+    """
+
+    def __init__(self, steps: int = 5) -> None:
+        self.steps = check_int('TruncatedGradient', 'steps', steps, minimum=1)
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        z, out = _one_call(f, solution)
+
+        def change(v: Tensor) -> Tensor:
+            g = v
+            for _ in range(self.steps):
+                g = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
+            return g
+
+        return _on_gradient(out, change)
+
+
+@TASK_UTILS.register_module()
+@checks_options
+class JacobianFreeGradient(Gradient):
+    """The gradient of one application of f at the equilibrium, as if z* were a constant."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        return f(solution.z.detach())
+
+
+@TASK_UTILS.register_module()
+@checks_options
+class PhantomGradient(Gradient):
+    """Plain backpropagation through a few damped layers that start at the equilibrium.
+
+    z <- (1 - damping) z + damping f(z), ``steps`` times. Its graph holds ``steps`` calls of f.
+
+    Args:
+        steps (int): Layers unrolled.
+        damping (float): Share of the new value in each, in (0, 1].
+    """
+
+    def __init__(self, steps: int = 5, damping: float = 0.5) -> None:
+        self.steps = check_int('PhantomGradient', 'steps', steps, minimum=1)
+        self.damping = check_number(
+            'PhantomGradient', 'damping', damping, 0, 1, open_low=True
+        )
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        z = solution.z.detach()
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping)
+        return z

@@ -1,0 +1,12 @@
+from .group_norm import MDEQGroupNorm, build_norm, check_groups
+from .variational_dropout import VariationalDropout2d, reset_masks
+from .weight_norm import weight_normed
+
+__all__ = [
+    'MDEQGroupNorm',
+    'VariationalDropout2d',
+    'build_norm',
+    'check_groups',
+    'reset_masks',
+    'weight_normed',
+]

@@ -1,0 +1,81 @@
+"""Group normalization for f: checked early, and fast in low precision."""
+
+from typing import Any, Dict
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..options import checks_options
+
+
+def check_groups(channels: int, num_groups: int, owner: str = 'GroupNorm') -> None:
+    """Raise unless ``num_groups`` divides ``channels``; the message lists what does."""
+    if num_groups < 1 or channels % num_groups:
+        valid = [g for g in range(1, channels + 1) if channels % g == 0]
+        raise ValueError(
+            f'{owner}: {channels} channels do not split into {num_groups} groups. Choose '
+            f'num_groups from {valid}, or channels divisible by {max(num_groups, 1)}.'
+        )
+
+
+@MODELS.register_module()
+@checks_options
+class MDEQGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that keeps the dtype of its input under autocast.
+
+    Autocast runs group norm in float32 and so doubles the traffic of every map of f. Here the
+    maps stay in low precision; the kernels still take mean and variance in float32. In a config:
+    ``norm_cfg=dict(type='MDEQGroupNorm', num_groups=8)``.
+
+    Args:
+        num_features (int): Channels.
+        num_groups (int): Groups; must divide the channels.
+        eps (float): Added to the variance.
+        affine (bool): Learn a scale and a shift per channel.
+    """
+
+    def __init__(
+        self, num_features: int, num_groups: int = 8, eps: float = 1e-5, affine: bool = True
+    ) -> None:
+        check_groups(num_features, num_groups, type(self).__name__)
+        super().__init__(num_groups, num_features, eps=eps, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            weight, bias = self.weight, self.bias
+            # The CPU kernel takes float32 affine beside low-precision maps, the others do not.
+            if self.affine and device != 'cpu':
+                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def build_norm(norm_cfg: Dict[str, Any], channels: int, halve_groups: bool = False) -> nn.Module:
+    """The normalization of f for ``channels`` channels.
+
+    Args:
+        norm_cfg (dict): As MM takes it. ``GN`` gives :class:`MDEQGroupNorm`, which is the same
+            function with the same state dict.
+        channels (int): Channels to normalize.
+        halve_groups (bool): Use ``num_groups // 2`` groups, as the released networks do after
+            the fusion. Ignored by norms without groups.
+    """
+    cfg = dict(norm_cfg)
+    kind = cfg.get('type')
+    if 'BN' in str(kind) or 'BatchNorm' in str(kind):
+        raise ValueError(
+            f'norm_cfg type {kind!r} cannot normalize f: batch statistics tie the equilibria of '
+            "a batch together (paper, §3.3). Use dict(type='GN', num_groups=8)."
+        )
+    if kind == 'GN':
+        cfg['type'] = 'MDEQGroupNorm'
+    if 'num_groups' in cfg:
+        if halve_groups:
+            cfg['num_groups'] = max(1, cfg['num_groups'] // 2)
+        check_groups(channels, cfg['num_groups'], f'norm_cfg={dict(norm_cfg)}')
+    return build_norm_layer(cfg, channels)[1]

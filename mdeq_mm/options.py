@@ -1,0 +1,80 @@
+"""Checks of what a user wrote: an error names the value, the valid choices and the remedy."""
+
+import difflib
+import functools
+import inspect
+from typing import Any, Iterable, Optional, Type, TypeVar
+
+T = TypeVar('T', bound=type)
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """A ``did you mean`` hint for a misspelt name, empty where nothing is near."""
+    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def checks_options(cls: T) -> T:
+    """Class decorator: an unknown keyword lists the options the class does take."""
+    init = cls.__init__
+    valid = [name for name in inspect.signature(init).parameters if name != 'self']
+
+    @functools.wraps(init)
+    def checked(self, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in valid:
+                raise TypeError(
+                    f'{cls.__name__} has no option {name!r}.{closest(name, valid)} '
+                    f'Its options are: {", ".join(valid)}.'
+                )
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+def check_int(owner: str, name: str, value: Any, minimum: int) -> int:
+    """``value`` if it is an integer of at least ``minimum``, else a ValueError saying so."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f'{owner}: {name} must be an integer >= {minimum}, got {value!r}.')
+    return value
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float,
+    high: float = float('inf'),
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """``value`` if it lies in the interval, else a ValueError naming the interval.
+
+    The ends belong to the interval unless ``open_low`` / ``open_high`` say otherwise.
+    """
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = ok and (low < value if open_low else low <= value)
+    ok = ok and (value < high if open_high else value <= high)
+    if not ok:
+        left, right = '(' if open_low else '[', ')' if open_high or high == float('inf') else ']'
+        raise ValueError(
+            f'{owner}: {name} must be a number in {left}{low:g}, {high:g}{right}, got {value!r}.'
+        )
+    return float(value)
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """``value`` if it is one of ``choices``, else a ValueError listing them."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(
+            f'{owner}: {name} must be one of {choices}, got {value!r}.'
+            f'{closest(value, [c for c in choices if isinstance(c, str)])}'
+        )
+    return value
+
+
+def describe(cls: Optional[Type]) -> str:
+    """Module and name of a class, for messages."""
+    return 'None' if cls is None else f'{cls.__module__}.{cls.__qualname__}'

@@ -1,0 +1,52 @@
+"""Anderson acceleration of the fixed-point iteration."""
+
+from torch import Tensor
+
+from ..options import check_number, checks_options
+from .secant import SecantSolver, SecantState, _project
+
+
+@checks_options
+class Anderson(SecantSolver):
+    """Anderson acceleration (type II, in difference form) over the last ``memory`` steps.
+
+    The weights solve a least-squares problem min |g - Y c|; its normal equations have a unit
+    diagonal (the columns are scaled) plus ``ridge``, so they stay regular where the columns
+    become dependent.
+
+    Args:
+        max_iter (int): Evaluations of f.
+        tol (float): Relative residual at which a sample is solved.
+        memory (int): Steps kept.
+        damping (float): Mixing of f's value into the next iterate, in (0, 1].
+        ridge (float): Added to the unit diagonal of the normal equations.
+    """
+
+    def __init__(
+        self,
+        max_iter: int = 30,
+        tol: float = 1e-3,
+        memory: int = 5,
+        damping: float = 1.0,
+        ridge: float = 1e-6,
+    ) -> None:
+        super().__init__(max_iter, tol, memory)
+        self.damping = check_number('Anderson', 'damping', damping, 0, 1, open_low=True)
+        self.ridge = check_number('Anderson', 'ridge', ridge, low=0)
+
+    @property
+    def mixing(self) -> float:
+        return self.damping
+
+    @staticmethod
+    def test_vector(s: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def _update_matrix(
+        self, state: SecantState, slot: int, projection: Tensor, scale: Tensor
+    ) -> None:
+        used = state.used
+        products = _project(state.tests[:, :used], state.tests[:, slot])
+        products[:, slot] = 1 + self.ridge
+        state.matrix[:, slot, :used] = products
+        state.matrix[:, :used, slot] = products

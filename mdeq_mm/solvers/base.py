@@ -1,0 +1,209 @@
+"""The one loop every solver runs in: residuals, stopping, best iterate, guards."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+from torch import Tensor
+
+from ..options import check_int, check_number
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Status(enum.IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0
+    EXHAUSTED = 1
+    DIVERGED = 2
+    NON_FINITE = 3
+
+    @property
+    def remedy(self) -> str:
+        """What the status means and what a user can do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES: Dict[Status, str] = {
+    Status.CONVERGED: 'the residual reached tol.',
+    Status.EXHAUSTED: 'max_iter evaluations of f did not bring the residual to tol; the best '
+    'iterate was returned. Raise max_iter, raise tol, or train longer with an unrolled warm-up.',
+    Status.DIVERGED: 'the residual exploded and the best earlier iterate was returned. Lower the '
+    'learning rate, add weight decay, or use Anderson or a damped FixedPointIteration.',
+    Status.NON_FINITE: 'f returned nan or inf and the best finite iterate was returned. Look for '
+    'nan in the input and the weights; under fp16, keep f in bf16 or float32.',
+}
+
+# |f(z) - z| has exploded at so many times both |f(z)| and its own first value. Either alone also
+# happens on the way to a solution: f may pass zero, and a start may be close to a repelling point.
+_EXPLODED = 1e4
+
+
+@dataclass
+class Solution:
+    """What :func:`solve` found, per sample of the batch.
+
+    Attributes:
+        z: (N, D) the iterate of smallest residual.
+        residual: (N,) its relative residual ``|f(z) - z| / |f(z)|``.
+        num_iter: (N,) evaluations of f spent on the sample.
+        trace: (T, N) relative residual after each of the T evaluations; a frozen sample
+            repeats its last value.
+        status: (N,) :class:`Status` codes.
+        state: what the solver built up on the way, where it was asked for (``keep_state``).
+    """
+
+    z: Tensor
+    residual: Tensor
+    num_iter: Tensor
+    trace: Tensor
+    status: Tensor
+    state: Any = None
+
+
+class Solver:
+    """A method for z = f(z): hyperparameters only; what a solve builds up is its state.
+
+    A method implements :meth:`init` and :meth:`step`; :func:`solve` does the rest.
+
+    Args:
+        max_iter (int): Evaluations of f allowed, the same count for every method.
+        tol (float): Relative residual at which a sample counts as solved. 0 never stops early.
+    """
+
+    def __init__(self, max_iter: int, tol: float) -> None:
+        self.max_iter = check_int(type(self).__name__, 'max_iter', max_iter, minimum=1)
+        self.tol = check_number(type(self).__name__, 'tol', tol, low=0)
+
+    def init(self, z0: Tensor) -> Any:
+        """The state of a solve that starts at ``z0`` (N, D)."""
+        raise NotImplementedError
+
+    def step(self, state: Any, g: Tensor, last_step: Tensor) -> Tensor:
+        """The next displacement of the iterate.
+
+        Args:
+            state: What :meth:`init` returned; updated in place.
+            g (Tensor): (N, D) the function value ``f(z) - z`` at the current iterate. It is the
+                solver's to keep, not to change.
+            last_step (Tensor): (N, D) the displacement that led to the current iterate, zero
+                for a sample that is frozen. None at the first step.
+
+        Returns:
+            Tensor: (N, D) what to add to the current iterate.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        knobs = ', '.join(f'{k}={v!r}' for k, v in vars(self).items())
+        return f'{type(self).__name__}({knobs})'
+
+
+class _Record:
+    """Per-sample bookkeeping of one solve: what is best, what is active, how it ended."""
+
+    def __init__(self, z0: Tensor, tol: float) -> None:
+        n = z0.shape[0]
+        self.tol = tol
+        self.best = z0
+        self.residual = z0.new_full((n,), float('inf'))
+        self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)
+        self.status = torch.full_like(self.num_iter, int(Status.EXHAUSTED))
+        self.active = torch.ones(n, dtype=torch.bool, device=z0.device)
+        self.limit = None
+        self.trace = []
+
+    def update(self, norm_g: Tensor, norm_f: Tensor) -> Tuple[Tensor, bool, bool]:
+        """Take in one evaluation.
+
+        Args:
+            norm_g, norm_f (Tensor): (N,) ``|f(z) - z|`` and ``|f(z)|``.
+
+        Returns:
+            tuple: (N,) which samples improved; whether all did; whether none is active any
+            more. The last two cost the iteration's one transfer to the host.
+        """
+        residual = _relative(norm_g, norm_f)
+        if self.limit is None:
+            self.limit = _EXPLODED * norm_g
+        else:
+            residual = torch.where(self.active, residual, self.trace[-1])
+        self.trace.append(residual)
+        self.num_iter += self.active
+        improved = self.active & (residual < self.residual)
+        self.residual = torch.where(improved, residual, self.residual)
+        finite = torch.isfinite(residual)
+        converged = self.active & (residual <= self.tol)
+        exploded = self.active & finite & (residual > _EXPLODED) & (norm_g > self.limit)
+        broken = self.active & ~finite
+        for mask, code in (
+            (converged, Status.CONVERGED),
+            (exploded, Status.DIVERGED),
+            (broken, Status.NON_FINITE),
+        ):
+            self.status.masked_fill_(mask, int(code))
+        self.active = self.active & ~(converged | exploded | broken)
+        flags = torch.stack([improved.all(), self.active.all(), self.active.any()])
+        all_improved, self.all_active, any_active = flags.tolist()
+        return improved, all_improved, not any_active
+
+
+def _relative(norm_g: Tensor, norm_f: Tensor) -> Tensor:
+    """(N,) ``|g| / |f(z)|``, finite where f(z) = 0, inf where |f(z)| overflows."""
+    info = torch.finfo(norm_g.dtype)
+    ratio = norm_g / torch.maximum(norm_f, info.eps * norm_g).clamp(min=info.tiny)
+    return torch.where(torch.isfinite(norm_f), ratio, float('inf'))
+
+
+@torch.no_grad()
+def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> Solution:
+    """Find z with f(z) = z, one independent problem per row.
+
+    Runs without grad. A sample that reached ``solver.tol`` is frozen, so its answer does not
+    depend on its batch-mates; one that explodes or turns non-finite is frozen at its best
+    iterate. The state stays in the dtype of ``z0`` even where f computes in a lower one.
+
+    Args:
+        f: (N, D) -> (N, D), pure: same z, same value, and z is left as it was.
+        z0 (Tensor): (N, D) where to start; zeros in an MDEQ (paper, §3.2).
+        solver (Solver): The method and its limits.
+        keep_state (bool): Put the solver's final state on the solution.
+    """
+    if z0.dim() != 2 or not z0.is_floating_point():
+        raise ValueError(f'z0 must be a floating (N, D) tensor, got {z0.dtype} {tuple(z0.shape)}.')
+    z = z0 = z0.detach()
+    record, state, step, spare = _Record(z0, solver.tol), solver.init(z0), None, None
+    for evaluation in range(1, solver.max_iter + 1):
+        fz = f(z)
+        if fz.shape != z.shape:
+            raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
+        g = fz - z
+        norm_g = torch.linalg.vector_norm(g, dim=1)
+        norm_f = torch.linalg.vector_norm(fz, dim=1, dtype=g.dtype)
+        improved, all_improved, done = record.update(norm_g, norm_f)
+        del fz
+        # Where every sample improved, the iterate itself becomes the best one and the buffer of
+        # the former best takes the next iterate: no copy. z0 belongs to the caller, hence spare.
+        if all_improved:
+            spare, record.best = (None if record.best is z0 else record.best), z
+        elif record.best is not z:
+            record.best = torch.where(improved[:, None], z, record.best)
+        if done or evaluation == solver.max_iter:
+            break
+        # Autocast is for f: the solver's own products stay in the precision of its state.
+        with torch.autocast(z.device.type, enabled=False):
+            step = solver.step(state, g, step)
+        if not record.all_active:
+            step = step.masked_fill(~record.active[:, None], 0)
+        z = torch.add(z, step, out=spare) if spare is not None else z + step
+        spare = None
+    return Solution(
+        z=record.best,
+        residual=record.residual,
+        num_iter=record.num_iter,
+        trace=torch.stack(record.trace),
+        status=record.status,
+        state=state if keep_state else None,
+    )

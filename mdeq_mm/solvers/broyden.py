@@ -1,0 +1,44 @@
+"""Limited-memory Broyden's method in its compact form."""
+
+import torch
+from torch import Tensor
+
+from ..options import checks_options
+from .secant import SecantSolver, SecantState, _project
+
+
+@checks_options
+class LimitedMemoryBroyden(SecantSolver):
+    """Broyden's (good) method that keeps the latest ``memory`` updates (paper, §3.2).
+
+    The Jacobian of g = f - id starts as -I, so the first step is a plain iteration. The compact
+    form B = -I + W N^-1 S', with N the upper triangle of S'S by age, is a Broyden matrix of the
+    remembered pairs whatever was forgotten before them (Byrd, Nocedal & Schnabel 1994,
+    "Representations of quasi-Newton matrices"); dropping rank-one terms of the product form is
+    not, and diverges. By the Woodbury identity the step -B^-1 g needs the small matrix
+    M = S'W - N, which is S'y in the column of a pair and s'w in its row towards older ones.
+
+    Args:
+        max_iter (int): Evaluations of f.
+        tol (float): Relative residual at which a sample is solved.
+        memory (int): Pairs kept. With ``memory >= max_iter`` this is textbook Broyden.
+    """
+
+    def __init__(self, max_iter: int = 30, tol: float = 1e-3, memory: int = 10) -> None:
+        super().__init__(max_iter, tol, memory)
+
+    @staticmethod
+    def test_vector(s: Tensor, y: Tensor) -> Tensor:
+        return s
+
+    def _update_matrix(
+        self, state: SecantState, slot: int, projection: Tensor, scale: Tensor
+    ) -> None:
+        used, test = state.used, state.tests[:, slot]
+        before = state.projection[:, :used].clone()
+        before[:, slot] = torch.linalg.vecdot(test, state.g)
+        state.matrix[:, slot, :used] = _project(state.images[:, :used], test)
+        column = (projection - before) * scale
+        # A pair that stores nothing keeps a unit diagonal: its weight is then zero.
+        column[:, slot] += (scale == 0).squeeze(1)
+        state.matrix[:, :used, slot] = column

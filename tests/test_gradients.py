@@ -1,0 +1,224 @@
+"""Gradients through an equilibrium against unrolled autograd and closed forms, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from mdeq_mm.gradients import (
+    ImplicitGradient,
+    JacobianFreeGradient,
+    PhantomGradient,
+    TruncatedGradient,
+)
+from mdeq_mm.implicit import ImplicitLayer
+
+TIGHT = dict(type='LimitedMemoryBroyden', max_iter=200, tol=1e-13, memory=20)
+EXACT = dict(type='ImplicitGradient', solver=TIGHT)
+
+
+@pytest.fixture
+def parts():
+    """Weight, bias and input of tanh(z W' + x) with |W| = 0.7."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    w = (0.7 * w / torch.linalg.matrix_norm(w, 2)).requires_grad_()
+    x = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    v = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    return w, x, v
+
+
+def run(layer, w, x):
+    return layer(lambda z: torch.tanh(z @ w.T + x), torch.zeros_like(x))
+
+
+def unrolled(w, x, steps=300):
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = torch.tanh(z @ w.T + x)
+    return z
+
+
+def neumann(w, x, v, terms):
+    """sum_i (J')^i v for i < terms, with J taken at the equilibrium, then through one f."""
+    z = unrolled(w, x).detach().requires_grad_()
+    out = torch.tanh(z @ w.T + x)
+    total, power = v, v
+    for _ in range(terms - 1):
+        (power,) = torch.autograd.grad(out, z, power, retain_graph=True)
+        total = total + power
+    return torch.autograd.grad(out, (w, x), total)
+
+
+@pytest.mark.parametrize(
+    'solver',
+    [
+        TIGHT,
+        dict(type='Anderson', max_iter=200, tol=1e-13),
+        dict(type='FixedPointIteration', max_iter=400, tol=1e-13),
+    ],
+    ids=lambda s: s['type'],
+)
+def test_implicit_gradient_is_that_of_the_unrolled_net(parts, solver):
+    w, x, v = parts
+    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver))
+    got = torch.autograd.grad(run(layer, w, x), (w, x), v)
+    expected = torch.autograd.grad(unrolled(w, x), (w, x), v)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-6)
+
+
+def test_gradcheck_through_the_layer(parts):
+    w, x, _ = parts
+    layer = ImplicitLayer(TIGHT, EXACT)
+    assert torch.autograd.gradcheck(lambda w, x: run(layer, w, x), (w, x), atol=1e-6)
+
+
+def test_truncated_and_jacobian_free_are_the_first_terms_of_the_series(parts):
+    w, x, v = parts
+    for gradient, terms in (
+        (JacobianFreeGradient(), 1),
+        (TruncatedGradient(steps=1), 2),
+        (TruncatedGradient(steps=4), 5),
+    ):
+        got = torch.autograd.grad(run(ImplicitLayer(TIGHT, gradient), w, x), (w, x), v)
+        torch.testing.assert_close(got, neumann(w, x, v, terms), atol=1e-9, rtol=1e-7)
+
+
+def test_truncated_gradient_converges_to_the_exact_one(parts):
+    w, x, v = parts
+    expected = torch.autograd.grad(run(ImplicitLayer(TIGHT, EXACT), w, x), (w, x), v)
+    got = torch.autograd.grad(
+        run(ImplicitLayer(TIGHT, TruncatedGradient(steps=150)), w, x), (w, x), v
+    )
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
+    w, x, v = parts
+    layer = ImplicitLayer(TIGHT, PhantomGradient(steps=3, damping=0.6))
+    got = torch.autograd.grad(run(layer, w, x), (w, x), v)
+    z = unrolled(w, x).detach()
+    for _ in range(3):
+        z = 0.4 * z + 0.6 * torch.tanh(z @ w.T + x)
+    torch.testing.assert_close(got, torch.autograd.grad(z, (w, x), v), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    'gradient',
+    [ImplicitGradient(TIGHT), TruncatedGradient(), JacobianFreeGradient(), PhantomGradient()],
+    ids=lambda g: type(g).__name__,
+)
+def test_every_gradient_returns_the_equilibrium(parts, gradient):
+    w, x, _ = parts
+    layer = ImplicitLayer(TIGHT, gradient)
+    torch.testing.assert_close(run(layer, w, x), unrolled(w, x))
+    with torch.no_grad():
+        out = run(layer, w, x)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, unrolled(w, x))
+
+
+def test_two_forwards_then_two_backwards(parts):
+    """Each forward keeps its own hook and equilibrium, in either order of the backwards."""
+    w, x, v = parts
+    layer = ImplicitLayer(TIGHT, EXACT)
+    inputs = [x, 2 * x.detach() + 1]
+    expected = [torch.autograd.grad(run(layer, w, i), w, v)[0] for i in inputs]
+    outs = [run(layer, w, i) for i in inputs]
+    got = [torch.autograd.grad(out, w, v)[0] for out in outs]
+    torch.testing.assert_close(got, expected)
+    outs = [run(layer, w, i) for i in inputs]
+    got = [torch.autograd.grad(out, w, v)[0] for out in reversed(outs)][::-1]
+    torch.testing.assert_close(got, expected)
+
+
+def test_joint_backward_of_two_forwards_is_the_sum(parts):
+    w, x, v = parts
+    layer = ImplicitLayer(TIGHT, EXACT)
+    single = [torch.autograd.grad(run(layer, w, i), w, v)[0] for i in (x, 3 * x)]
+    both = torch.autograd.grad((run(layer, w, x) + run(layer, w, 3 * x)), w, v)[0]
+    torch.testing.assert_close(both, single[0] + single[1])
+
+
+def test_gradient_of_a_sample_does_not_depend_on_its_batch(parts):
+    w, x, v = parts
+    layer = ImplicitLayer(
+        dict(type='LimitedMemoryBroyden', max_iter=30, tol=1e-6),
+        dict(type='ImplicitGradient', solver=dict(type='Anderson', max_iter=30, tol=1e-6)),
+    )
+    (together,) = torch.autograd.grad(run(layer, w, x), x, v)
+    for i in range(len(x)):
+        alone = x[i : i + 1].detach().requires_grad_()
+        (single,) = torch.autograd.grad(run(layer, w, alone), alone, v[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], single, atol=1e-12, rtol=1e-9)
+
+
+def test_second_derivative_gives_one_clear_error(parts):
+    w, x, v = parts
+    out = run(ImplicitLayer(TIGHT, EXACT), w, x)
+    with pytest.raises(NotImplementedError, match='create_graph'):
+        torch.autograd.grad(out, w, v, create_graph=True)
+
+
+def test_failing_backward_solve_leaves_a_finite_gradient(parts):
+    """An adjoint that diverges falls back to its best iterate, at worst the incoming gradient."""
+    _, x, v = parts
+    w = (3 * torch.eye(6, dtype=torch.float64)).requires_grad_()
+    layer = ImplicitLayer(
+        dict(type='FixedPointIteration', max_iter=5),
+        dict(type='ImplicitGradient', solver=dict(type='FixedPointIteration', max_iter=2000)),
+    )
+    out = layer(lambda z: z @ w.T + x, torch.zeros_like(x))
+    grads = torch.autograd.grad(out, (w, x), v)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert layer.backward_stats.summary()['converged'] == 0
+
+
+def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
+    import copy
+    import gc
+    import weakref
+
+    w, x, v = parts
+    layer = ImplicitLayer(TIGHT, EXACT)
+
+    class Witness(nn.Module):
+        pass
+
+    witness = Witness()
+
+    def forward():
+        alive = witness
+
+        def f(z):
+            assert alive is not None
+            return torch.tanh(z @ w.T + x)
+
+        return layer(f, torch.zeros_like(x))
+
+    ref = weakref.ref(witness)
+    out = forward()
+    out.backward(v)
+    copy.deepcopy(layer)
+    del out, witness
+    gc.collect()
+    assert ref() is None
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda: ImplicitLayer(dict(type='Andersen'), EXACT), ["'Anderson'", 'FixedPoint']),
+        (lambda: ImplicitLayer(dict(max_iter=3), EXACT), ['type', 'max_iter']),
+        (lambda: ImplicitLayer(TIGHT, dict(type='PhantomGradent')), ['PhantomGradient']),
+        (lambda: ImplicitLayer(TIGHT, TIGHT), ['is not a gradient', 'ImplicitGradient']),
+        (lambda: ImplicitLayer(EXACT, EXACT), ['is not a solver', 'Anderson']),
+        (lambda: ImplicitLayer(TIGHT, dict(type='ImplicitGradient', slover=1)), ['solver']),
+        (lambda: ImplicitLayer(TIGHT, EXACT, unrolled_layers=-1), ['unrolled_layers', '-1']),
+        (lambda: TruncatedGradient(steps=0), ['steps', '0']),
+        (lambda: PhantomGradient(damping=1.5), ['damping', '1.5']),
+    ],
+)
+def test_wrong_part_is_named_with_the_valid_choices(make, words):
+    with pytest.raises((TypeError, ValueError)) as error:
+        make()
+    assert all(word in str(error.value) for word in words), error.value

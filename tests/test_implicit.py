@@ -1,0 +1,64 @@
+"""The flat state and the layer."""
+
+import pytest
+import torch
+
+from mdeq_mm.implicit import ImplicitLayer, pack, unpack
+from mdeq_mm.solvers import Status
+
+SHAPES = [(4, 5, 7), (6, 3, 4), (2, 1, 1)]
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('n', [1, 3])
+def test_unpack_inverts_pack(n, channels_last):
+    features = [torch.randn(n, *shape) for shape in SHAPES]
+    z = pack(features, channels_last)
+    assert z.shape == (n, sum(c * h * w for c, h, w in SHAPES))
+    for got, feature in zip(unpack(z, SHAPES, channels_last), features):
+        assert torch.equal(got, feature)
+        assert got._base is not None
+
+
+def test_norm_of_the_state_does_not_depend_on_the_layout():
+    features = [torch.randn(2, *shape) for shape in SHAPES]
+    torch.testing.assert_close(pack(features).norm(dim=1), pack(features, True).norm(dim=1))
+
+
+def test_state_that_does_not_fit_the_shapes_is_refused():
+    with pytest.raises(ValueError, match='do not fill'):
+        unpack(torch.zeros(2, 500), SHAPES)
+
+
+def test_unrolled_layer_is_plain_backpropagation():
+    w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    solver = dict(type='FixedPointIteration', max_iter=3)
+    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver), unrolled_layers=3)
+
+    def f(z):
+        return torch.tanh(z @ w + x)
+
+    out = layer(f, torch.zeros_like(x))
+    expected = f(f(f(torch.zeros_like(x))))
+    torch.testing.assert_close(out, expected)
+    got, wanted = (torch.autograd.grad(o.sum(), w)[0] for o in (out, expected))
+    torch.testing.assert_close(got, wanted)
+    assert layer.forward_stats is None
+
+
+def test_stats_tell_what_both_solves_did():
+    x = torch.full((3, 2), 0.3, requires_grad=True)
+    layer = ImplicitLayer(
+        dict(type='FixedPointIteration', max_iter=40, tol=1e-4),
+        dict(type='ImplicitGradient', solver=dict(type='Anderson', max_iter=1, tol=1e-4)),
+    )
+    out = layer(lambda z: 0.5 * z + x, torch.zeros(3, 2))
+    assert layer.backward_stats is None
+    out.sum().backward()
+    forward, backward = layer.forward_stats, layer.backward_stats
+    assert (forward.status == Status.CONVERGED).all() and (forward.residual <= 1e-4).all()
+    assert forward.summary()['nfe'] == forward.num_iter[0].item()
+    assert backward.summary() == pytest.approx(
+        dict(nfe=1, residual=1 / 3, converged=0, failed=0)
+    )

@@ -1,0 +1,127 @@
+"""Dropout, normalization and weight norm, inside and outside of an MDEQ."""
+
+import pytest
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mdeq_mm.layers import (
+    MDEQGroupNorm,
+    VariationalDropout2d,
+    build_norm,
+    reset_masks,
+    weight_normed,
+)
+
+
+class TestVariationalDropout2d:
+    def test_mask_lasts_until_reset_and_drops_whole_channels(self):
+        drop = MODELS.build(dict(type='VariationalDropout2d', drop_rate=0.5))
+        x = torch.ones(4, 64, 3, 5)
+        first, second = drop(x), drop(x)
+        assert torch.equal(first, second)
+        assert set(first.unique().tolist()) == {0.0, 2.0}
+        assert (first == first[..., :1, :1]).all()
+        assert not torch.equal(first[0], first[1])
+        drop.reset()
+        assert not torch.equal(drop(x), first)
+
+    def test_mean_is_kept(self):
+        drop = VariationalDropout2d(0.3)
+        assert drop(torch.ones(64, 512, 1, 1)).mean().item() == pytest.approx(1, abs=0.02)
+
+    def test_evaluation_and_zero_rate_are_the_identity(self):
+        x = torch.randn(2, 3, 4, 4)
+        assert VariationalDropout2d(0.5).eval()(x) is x
+        assert VariationalDropout2d(0.0)(x) is x
+
+    def test_new_batch_size_draws_a_new_mask(self):
+        drop = VariationalDropout2d(0.5)
+        drop(torch.ones(4, 8, 2, 2))
+        assert drop(torch.ones(3, 8, 2, 2)).shape == (3, 8, 2, 2)
+
+    def test_gradient_uses_the_mask_of_its_forward(self):
+        drop = VariationalDropout2d(0.5)
+        x = torch.ones(2, 32, 2, 2, requires_grad=True)
+        out = drop(x)
+        drop.reset()
+        drop(x)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(grad, out.detach())
+
+    def test_mask_follows_the_dtype_and_stays_out_of_checkpoints(self):
+        drop = VariationalDropout2d(0.5)
+        assert drop(torch.ones(2, 8, 1, 1)).dtype == torch.float32
+        assert drop(torch.ones(2, 8, 1, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert not drop.state_dict()
+
+    def test_reset_masks_reaches_every_layer(self):
+        net = nn.Sequential(VariationalDropout2d(0.5), nn.Sequential(VariationalDropout2d(0.5)))
+        x = torch.ones(2, 256, 1, 1)
+        before = net(x)
+        assert torch.equal(net(x), before)
+        reset_masks(net)
+        assert not torch.equal(net(x), before)
+
+    @pytest.mark.parametrize('rate', [-0.1, 1, 1.5, 'half'])
+    def test_rate_outside_the_unit_interval_is_refused(self, rate):
+        with pytest.raises(ValueError, match=r'drop_rate .* \[0, 1\)'):
+            VariationalDropout2d(rate)
+
+    def test_unknown_option_lists_the_valid_one(self):
+        with pytest.raises(TypeError, match='drop_rate'):
+            MODELS.build(dict(type='VariationalDropout2d', p=0.5))
+
+
+class TestGroupNorm:
+    def test_same_function_and_keys_as_torch(self):
+        ours, theirs = MDEQGroupNorm(24, 8), nn.GroupNorm(8, 24)
+        nn.init.normal_(ours.weight)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(2, 24, 5, 6)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+    def test_registered_for_any_norm_cfg(self):
+        name, layer = build_norm_layer(dict(type='MDEQGroupNorm', num_groups=4), 16)
+        assert isinstance(layer, MDEQGroupNorm) and layer.num_groups == 4 and 'gn' in name
+
+    def test_autocast_keeps_low_precision_maps_but_full_precision_statistics(self):
+        layer = MDEQGroupNorm(16, 4)
+        x = (torch.randn(2, 16, 32, 32) + 3).to(torch.bfloat16)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            got = layer(x)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), layer(x.float()), atol=3e-2, rtol=2e-2)
+
+    @pytest.mark.parametrize('num_groups', [8, 5, 0])
+    def test_groups_that_do_not_divide_list_those_that_do(self, num_groups):
+        with pytest.raises(ValueError, match=r'\[1, 2, 3, 4, 6, 12\]'):
+            MDEQGroupNorm(12, num_groups)
+
+    def test_post_fusion_norm_has_half_the_groups(self):
+        cfg = dict(type='GN', num_groups=8)
+        assert build_norm(cfg, 32).num_groups == 8
+        assert build_norm(cfg, 32, halve_groups=True).num_groups == 4
+        assert cfg == dict(type='GN', num_groups=8)
+
+    def test_affine_free_and_other_norms_pass_through(self):
+        assert build_norm(dict(type='GN', num_groups=8, affine=False), 32).weight is None
+        assert isinstance(build_norm(dict(type='IN'), 32), nn.InstanceNorm2d)
+
+    @pytest.mark.parametrize('kind', ['BN', 'SyncBN'])
+    def test_batch_norm_in_f_is_refused(self, kind):
+        with pytest.raises(ValueError, match='batch statistics'):
+            build_norm(dict(type=kind), 32)
+
+
+def test_weight_norm_is_made_once_inside_a_cache():
+    conv = weight_normed(nn.Conv2d(3, 4, 3))
+    norms = conv.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, conv.parametrizations.weight.original0.flatten())
+    assert conv.weight is not conv.weight
+    with parametrize.cached():
+        assert conv.weight is conv.weight
+    plain = nn.Conv2d(3, 4, 3)
+    assert weight_normed(plain, enabled=False) is plain and not parametrize.is_parametrized(plain)

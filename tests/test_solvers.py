@@ -1,0 +1,328 @@
+"""Solvers: closed forms, exact counts, independence of samples, and what happens without a root."""
+
+import pytest
+import torch
+
+from mdeq_mm.solvers import (
+    Anderson,
+    FixedPointIteration,
+    LimitedMemoryBroyden,
+    Solver,
+    Status,
+    solve,
+)
+
+from .problems import affine_contraction, cosine, expanding_root, rotation, textbook_broyden
+
+ALL = [
+    lambda **kw: FixedPointIteration(**kw),
+    lambda **kw: FixedPointIteration(damping=0.7, **kw),
+    lambda **kw: Anderson(**kw),
+    lambda **kw: Anderson(memory=3, damping=0.8, ridge=1e-8, **kw),
+    lambda **kw: LimitedMemoryBroyden(**kw),
+    lambda **kw: LimitedMemoryBroyden(memory=3, **kw),
+]
+NAMES = ['plain', 'damped', 'anderson', 'anderson-3', 'broyden', 'broyden-3']
+every_solver = pytest.mark.parametrize('make', ALL, ids=NAMES)
+secant_solver = pytest.mark.parametrize('make', ALL[2:], ids=NAMES[2:])
+
+
+class Counted:
+    """A function that records where it was evaluated."""
+
+    def __init__(self, f):
+        self.f, self.points = f, []
+
+    def __call__(self, z):
+        self.points.append(z.clone())
+        return self.f(z)
+
+
+@every_solver
+@pytest.mark.parametrize('problem', [affine_contraction(), cosine()], ids=['affine', 'cosine'])
+def test_finds_the_known_fixed_point(make, problem):
+    found = solve(problem.f, problem.start, make(max_iter=400, tol=1e-11))
+    torch.testing.assert_close(found.z, problem.solution, atol=1e-9, rtol=1e-9)
+    assert (found.status == Status.CONVERGED).all()
+    assert (found.residual <= 1e-11).all()
+
+
+@secant_solver
+def test_secant_methods_solve_a_rotation_that_iteration_circles(make):
+    problem = rotation()
+    plain = solve(problem.f, problem.start, FixedPointIteration(max_iter=50, tol=1e-9))
+    assert (plain.status == Status.EXHAUSTED).all()
+    found = solve(problem.f, problem.start, make(max_iter=50, tol=1e-9))
+    torch.testing.assert_close(found.z, problem.solution, atol=1e-7, rtol=1e-7)
+
+
+def test_broyden_finds_a_root_that_repels_iteration():
+    problem = expanding_root()
+    start = torch.full_like(problem.solution, 1.3)
+    found = solve(problem.f, start, LimitedMemoryBroyden(max_iter=50, tol=1e-12))
+    torch.testing.assert_close(found.z, problem.solution)
+    assert not (
+        solve(problem.f, start, FixedPointIteration(max_iter=50, tol=1e-12)).status
+        == Status.CONVERGED
+    ).any()
+
+
+def test_broyden_with_full_memory_is_the_textbook_method():
+    problem = affine_contraction(n=1, d=12)
+    f = Counted(lambda z: torch.tanh(2 * problem.f(z)))
+    solve(f, problem.start, LimitedMemoryBroyden(max_iter=20, tol=0, memory=20))
+    expected = textbook_broyden(
+        lambda z: torch.tanh(2 * problem.f(z[None]))[0], problem.start[0], steps=19
+    )
+    torch.testing.assert_close(torch.cat(f.points), torch.stack(expected), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize('memory', [1, 2, 5])
+def test_limited_broyden_matrix_is_that_of_the_latest_pairs(memory):
+    """After any number of steps the next one is Broyden's from -I through the last m pairs."""
+    problem = affine_contraction(n=1, d=10)
+    f = Counted(lambda z: torch.tanh(2 * problem.f(z)))
+    solve(f, problem.start, LimitedMemoryBroyden(max_iter=12, tol=0, memory=memory))
+    points = [p[0] for p in f.points]
+    values = [f.f(p[None])[0] - p for p in points]
+    for k in range(1, len(points) - 1):
+        jacobian = -torch.eye(10, dtype=torch.float64)
+        for i in range(max(0, k - memory), k):
+            s, y = points[i + 1] - points[i], values[i + 1] - values[i]
+            jacobian += torch.outer(y - jacobian @ s, s) / (s @ s)
+        expected = points[k] - torch.linalg.solve(jacobian, values[k])
+        torch.testing.assert_close(points[k + 1], expected, atol=1e-8, rtol=1e-6)
+
+
+def test_anderson_solves_a_linear_problem_in_dimension_plus_two_evaluations():
+    problem = affine_contraction(n=4, d=6)
+    found = solve(
+        problem.f, problem.start, Anderson(max_iter=8, tol=0, memory=6, ridge=0.0)
+    )
+    torch.testing.assert_close(found.z, problem.solution, atol=1e-8, rtol=1e-8)
+
+
+def test_memory_of_one_anderson_is_the_secant_method_on_a_scalar():
+    def f(z):
+        return torch.cos(z)
+
+    counted = Counted(f)
+    start = torch.zeros(1, 1, dtype=torch.float64)
+    solve(counted, start, Anderson(max_iter=6, tol=0, memory=1, ridge=0.0))
+    x = [0.0, 1.0]
+    for _ in range(4):
+        g = [float(torch.cos(torch.tensor(v, dtype=torch.float64))) - v for v in x[-2:]]
+        x.append(x[-1] - g[1] * (x[-1] - x[-2]) / (g[1] - g[0]))
+    torch.testing.assert_close(torch.cat(counted.points)[:, 0], torch.tensor(x).double())
+
+
+@every_solver
+@pytest.mark.parametrize('max_iter', [1, 2, 3, 7])
+def test_max_iter_is_the_number_of_evaluations(make, max_iter):
+    problem = affine_contraction()
+    f = Counted(problem.f)
+    found = solve(f, problem.start, make(max_iter=max_iter, tol=0))
+    assert len(f.points) == max_iter
+    assert found.num_iter.tolist() == [max_iter] * 8
+    assert found.trace.shape == (max_iter, 8)
+
+
+@every_solver
+def test_batch_equals_single_samples(make):
+    """Frozen samples keep their answer while slower batch-mates go on."""
+    problem = affine_contraction()
+    scale = torch.linspace(0.05, 1, 8, dtype=torch.float64)[:, None]
+
+    def f_of(rows):
+        return lambda z: problem.f_rows(z, rows)
+
+    def rows_function(z, rows):
+        full = torch.zeros(8, z.shape[1], dtype=z.dtype)
+        full[rows] = z
+        return (scale * problem.f(full))[rows]
+
+    problem.f_rows = rows_function
+    solver = make(max_iter=25, tol=1e-4)
+    together = solve(f_of(list(range(8))), problem.start, solver)
+    assert len(set(together.num_iter.tolist())) > 1
+    for i in range(8):
+        alone = solve(f_of([i]), problem.start[:1], solver)
+        torch.testing.assert_close(together.z[i], alone.z[0], atol=1e-12, rtol=1e-10)
+        assert together.num_iter[i] == alone.num_iter[0]
+        assert together.status[i] == alone.status[0]
+
+
+@every_solver
+def test_residual_is_relative_and_per_sample_at_the_returned_iterate(make):
+    problem = affine_contraction()
+    found = solve(problem.f, problem.start, make(max_iter=6, tol=0))
+    fz = problem.f(found.z)
+    expected = (fz - found.z).norm(dim=1) / fz.norm(dim=1)
+    torch.testing.assert_close(found.residual, expected)
+    torch.testing.assert_close(found.residual, found.trace.min(dim=0).values)
+
+
+@every_solver
+def test_start_and_argument_of_f_are_left_alone(make):
+    problem = affine_contraction()
+    start = torch.full_like(problem.solution, 0.5)
+    copy = start.clone()
+
+    def f(z):
+        before = z.clone()
+        out = problem.f(z)
+        assert torch.equal(before, z)
+        return out
+
+    solve(f, start, make(max_iter=10, tol=0))
+    assert torch.equal(start, copy)
+
+
+@every_solver
+def test_best_iterate_survives_a_function_that_gets_worse(make):
+    calls = []
+
+    def f(z):
+        calls.append(z.clone())
+        return z + (0.1 if len(calls) == 2 else 5.0 * len(calls))
+
+    found = solve(f, torch.zeros(2, 3), make(max_iter=6, tol=0))
+    index = found.trace[:, 0].argmin()
+    assert torch.equal(found.z, calls[index])
+
+
+@every_solver
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_non_finite_sample_keeps_its_best_iterate_and_harms_nobody(make, bad):
+    problem = affine_contraction()
+    calls = []
+
+    def f(z):
+        calls.append(None)
+        out = problem.f(z)
+        if len(calls) >= 4:
+            out[3] = bad
+        return out
+
+    solver = make(max_iter=30, tol=1e-9)
+    found = solve(f, problem.start, solver)
+    healthy = solve(problem.f, problem.start, solver)
+    others = [i for i in range(8) if i != 3]
+    assert found.status[3] == Status.NON_FINITE
+    assert torch.isfinite(found.z).all()
+    assert (found.z[3] != 0).any() and found.num_iter[3] == 4
+    torch.testing.assert_close(found.z[others], healthy.z[others])
+    assert torch.equal(found.num_iter[others], healthy.num_iter[others])
+
+
+@every_solver
+def test_function_without_fixed_point_ends_finite_and_says_so(make):
+    found = solve(torch.exp, torch.zeros(3, 4), make(max_iter=40, tol=1e-6))
+    assert torch.isfinite(found.z).all()
+    assert not (found.status == Status.CONVERGED).any()
+
+
+def test_overflow_does_not_pass_for_convergence():
+    found = solve(lambda z: 3 * z + 1, torch.zeros(2, 4), FixedPointIteration(max_iter=2000))
+    assert (found.status == Status.NON_FINITE).all() and torch.isfinite(found.z).all()
+
+
+def test_explosion_is_reported_and_undone():
+    def f(z):
+        return torch.where(z.abs() > 2, 0.01 * z.sign(), 1e5 * z + 1)
+
+    found = solve(f, torch.zeros(2, 4), FixedPointIteration(max_iter=40, tol=1e-6))
+    assert (found.status == Status.DIVERGED).all()
+    assert (found.z.abs() <= 2).all()
+
+
+@every_solver
+@pytest.mark.parametrize(
+    'f', [lambda z: z, lambda z: 0 * z, lambda z: torch.full_like(z, 3.0)], ids=['id', '0', '3']
+)
+def test_degenerate_functions_give_finite_fixed_points(make, f):
+    """Steps and denominators of exactly zero, and singular small systems, arise here."""
+    for tol in (0, 1e-5):
+        found = solve(f, torch.zeros(2, 3), make(max_iter=60, tol=tol))
+        assert torch.isfinite(found.z).all() and torch.isfinite(found.residual).all()
+        torch.testing.assert_close(f(found.z), found.z, atol=1e-4, rtol=1e-4)
+
+
+@every_solver
+def test_state_stays_in_full_precision_when_f_is_in_half(make):
+    problem = affine_contraction()
+
+    def f(z):
+        return problem.f(z.double()).to(torch.bfloat16)
+
+    found = solve(f, problem.start.float(), make(max_iter=30, tol=0))
+    assert found.z.dtype == found.residual.dtype == torch.float32
+    assert (found.residual < 2e-2).all()
+
+
+def test_inverse_transpose_is_that_of_the_broyden_matrix():
+    problem = affine_contraction(n=2, d=8)
+    f = Counted(lambda z: torch.tanh(problem.f(z)))
+    found = solve(
+        f, problem.start, LimitedMemoryBroyden(max_iter=7, tol=0, memory=9), keep_state=True
+    )
+    v = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got = found.state.inverse_transpose(v)
+    for n in range(2):
+        points = [p[n] for p in f.points]
+        values = [f.f(p)[n] - p[n] for p in f.points]
+        jacobian = -torch.eye(8, dtype=torch.float64)
+        # The pair of the last evaluation came too late for a step and is not in the history.
+        for i in range(len(points) - 2):
+            s, y = points[i + 1] - points[i], values[i + 1] - values[i]
+            jacobian += torch.outer(y - jacobian @ s, s) / (s @ s)
+        torch.testing.assert_close(got[n], torch.linalg.solve(jacobian.T, v[n]))
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda: Anderson(memory=0), ['memory', '>= 1', '0']),
+        (lambda: LimitedMemoryBroyden(max_iter=0), ['max_iter', '>= 1', '0']),
+        (lambda: LimitedMemoryBroyden(max_iter=2.5), ['max_iter', 'integer', '2.5']),
+        (lambda: FixedPointIteration(tol=-1), ['tol', '-1']),
+        (lambda: FixedPointIteration(tol='low'), ['tol', "'low'"]),
+        (lambda: FixedPointIteration(damping=0), ['damping', '(0, 1]']),
+        (lambda: Anderson(ridge=-1.0), ['ridge', '-1.0']),
+    ],
+)
+def test_bad_value_is_named_with_its_range(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize('cls', [FixedPointIteration, Anderson, LimitedMemoryBroyden])
+def test_unknown_option_lists_the_valid_ones(cls):
+    with pytest.raises(TypeError, match='max_iter') as error:
+        cls(max_iters=3)
+    assert 'Did you mean' in str(error.value) and 'tol' in str(error.value)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r'\(N, D\)'):
+        solve(lambda z: z, torch.zeros(2, 3, 4), FixedPointIteration())
+    with pytest.raises(ValueError, match='keep'):
+        solve(lambda z: z[:, :2], torch.zeros(2, 3), FixedPointIteration())
+
+
+def test_every_status_has_a_remedy():
+    assert all(status.remedy for status in Status)
+
+
+def test_an_own_solver_needs_two_methods():
+    class Halfway(Solver):
+        def init(self, z0):
+            return None
+
+        def step(self, state, g, last_step):
+            return 0.5 * g
+
+    problem = cosine()
+    found = solve(problem.f, problem.start, Halfway(max_iter=60, tol=1e-10))
+    torch.testing.assert_close(found.z, problem.solution)

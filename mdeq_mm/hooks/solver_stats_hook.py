@@ -1,0 +1,147 @@
+"""What the solver did, where MM's users look: log line, scalars.json, TensorBoard, WandB."""
+
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from mmengine import dist
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from ..implicit import SolverStats
+from ..options import check_int, check_number, checks_options
+from ..solvers import Status
+from .warmup_hook import mdeq_backbones
+
+_FIELDS = ('nfe', 'residual', 'converged', 'failed')
+
+
+@HOOKS.register_module()
+@checks_options
+class SolverStatsHook(Hook):
+    """Logs evaluations of f, residual and convergence; warns in words when something is off.
+
+    Scalars, each a mean over the batch and over processes: ``deq_nfe``, ``deq_residual``
+    (relative, at the returned iterate), ``deq_converged`` (share of samples that reached tol),
+    ``deq_failed`` (samples that diverged or turned non-finite), and ``deq_bwd_*`` of the
+    backward solve. Under ``train/`` every ``interval`` iterations, under ``val/`` and ``test/``
+    as means over the data set. Iterations of an unrolled net log none.
+
+    Args:
+        interval (int): Iterations between reports while training; each waits for the device.
+        warn_residual (float): A mean forward residual above this at ``patience`` reports in a
+            row is called unconverged.
+        patience (int): Reports before that warning.
+    """
+
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self, interval: int = 10, warn_residual: float = 0.1, patience: int = 20
+    ) -> None:
+        name = type(self).__name__
+        self.interval = check_int(name, 'interval', interval, 1)
+        self.warn_residual = check_number(name, 'warn_residual', warn_residual, 0)
+        self.patience = check_int(name, 'patience', patience, 1)
+        self._unconverged = 0
+        self._warned = set()
+        self._evaluation: List[Dict[str, float]] = []
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+    ) -> None:
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        scalars = self._collect(runner, ('forward', 'backward'))
+        for key, value in scalars.items():
+            runner.message_hub.update_scalar(f'train/{key}', value)
+        self._watch(runner, scalars, outputs or {})
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None
+    ) -> None:
+        self._evaluation.append(self._collect(runner, ('forward',), reduce=False))
+
+    after_test_iter = after_val_iter
+
+    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self._report_evaluation(runner, 'val')
+
+    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self._report_evaluation(runner, 'test')
+
+    def _report_evaluation(self, runner: Runner, mode: str) -> None:
+        reports = [report for report in self._evaluation if report]
+        self._evaluation = []
+        # Every process takes part in the mean, whatever its share of the data set.
+        names = [f'deq_{field}' for field in _FIELDS]
+        sums = torch.tensor([sum(r[n] for r in reports) for n in names] + [len(reports)])
+        *sums, count = _mean_over_processes(sums)
+        if count:
+            for name, total in zip(names, sums):
+                runner.message_hub.update_scalar(f'{mode}/{name}', total / count)
+
+    def _collect(
+        self, runner: Runner, passes: Sequence[str], reduce: bool = True
+    ) -> Dict[str, float]:
+        """``deq_*`` scalars of the last iteration, over all MDEQs of the model."""
+        scalars = {}
+        for name in passes:
+            prefix = 'deq_' if name == 'forward' else 'deq_bwd_'
+            found: List[SolverStats] = [
+                stats
+                for backbone in mdeq_backbones(runner.model)
+                if (stats := getattr(backbone.implicit, f'{name}_stats')) is not None
+            ]
+            if not found:
+                continue
+            values = [[stats.summary()[field] for field in _FIELDS] for stats in found]
+            mean = torch.tensor(values).mean(0)
+            mean = _mean_over_processes(mean) if reduce else mean.tolist()
+            scalars.update({f'{prefix}{field}': value for field, value in zip(_FIELDS, mean)})
+        return scalars
+
+    def _watch(self, runner: Runner, scalars: Dict[str, float], outputs: dict) -> None:
+        """Warn, once for each kind of trouble."""
+        residual = scalars.get('deq_residual', 0.0)
+        self._unconverged = self._unconverged + 1 if residual > self.warn_residual else 0
+        if self._unconverged >= self.patience:
+            self._warn(
+                runner,
+                'unconverged',
+                f'The forward solver has ended at a mean relative residual above '
+                f'{self.warn_residual:g} for {self.patience} reports in a row (now {residual:.3g} '
+                f'after {scalars["deq_nfe"]:.1f} calls of f): {Status.EXHAUSTED.remedy}',
+            )
+        for prefix, name in (('deq_', 'forward'), ('deq_bwd_', 'backward')):
+            failed = scalars.get(f'{prefix}failed', 0.0)
+            if failed:
+                self._warn(
+                    runner,
+                    f'{name} failed',
+                    f'The {name} solver diverged or turned non-finite on {failed:g} samples of '
+                    f'the batch; their best iterate was used: {Status.DIVERGED.remedy}',
+                )
+        loss = outputs.get('loss')
+        if loss is not None and not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+            solver_failed = scalars.get('deq_failed', 0.0) > 0
+            reason = (
+                'the solver failed as well: ' + Status.NON_FINITE.remedy
+                if solver_failed
+                else 'the equilibrium is finite, so the cause lies in head, labels or loss scale.'
+            )
+            self._warn(runner, 'loss', f'The loss is not finite; {reason}')
+
+    def _warn(self, runner: Runner, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            runner.logger.warning(message)
+
+
+def _mean_over_processes(values: Tensor) -> List[float]:
+    """Elementwise mean of a host tensor over the processes of a run."""
+    if dist.is_distributed():
+        values = values.to(dist.get_comm_device())
+        dist.all_reduce(values, 'mean')
+    return values.tolist()

@@ -1,0 +1,91 @@
+"""Training that starts as an explicit net and goes on as an equilibrium (paper, §3.3)."""
+
+from typing import List
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..models import MDEQBackbone
+from ..options import check_int, checks_options
+
+
+def mdeq_backbones(model: nn.Module) -> List[MDEQBackbone]:
+    """Every MDEQ in a model, wrapped for distributed training or not."""
+    return [module for module in model.modules() if isinstance(module, MDEQBackbone)]
+
+
+@HOOKS.register_module()
+@checks_options
+class MDEQWarmupHook(Hook):
+    """Unrolls f for the first iterations and smooths its ReLUs at zero for some.
+
+    What is active depends on ``runner.iter`` alone, so a resumed run continues in its phase.
+    Validation evaluates the network that is being trained, unrolled or not, and the log says
+    which. A checkpoint saved during the warm-up is tested as an equilibrium by tools/test.py.
+
+    Args:
+        unrolled_iters (int): Iterations trained with plain backpropagation through the unrolled
+            net.
+        unrolled_layers (int): Calls of f in it.
+        softplus_iters (int): Iterations with softplus in place of the last ReLU of the residual
+            blocks and of the fusion.
+    """
+
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self, unrolled_iters: int = 0, unrolled_layers: int = 5, softplus_iters: int = 0
+    ) -> None:
+        name = type(self).__name__
+        self.unrolled_iters = check_int(name, 'unrolled_iters', unrolled_iters, 0)
+        self.unrolled_layers = check_int(name, 'unrolled_layers', unrolled_layers, 1)
+        self.softplus_iters = check_int(name, 'softplus_iters', softplus_iters, 0)
+        self._configured = {}
+        self._phase = None
+
+    def before_train(self, runner: Runner) -> None:
+        backbones = mdeq_backbones(runner.model)
+        if not backbones:
+            raise ValueError(
+                'MDEQWarmupHook found no MDEQBackbone in the model. Remove the hook from '
+                "custom_hooks or set model.backbone.type='MDEQBackbone'."
+            )
+        self._configured = {b: b.implicit.unrolled_layers for b in backbones}
+        self._phase = None
+        self._apply(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        self._apply(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        if self._phase is not None:
+            runner.logger.info(f'Validating the network in training: {self._describe()}.')
+
+    def after_train(self, runner: Runner) -> None:
+        for backbone, layers in self._configured.items():
+            backbone.implicit.unrolled_layers = layers
+            backbone.cell.smooth = False
+        self._configured, self._phase = {}, None
+
+    def _apply(self, runner: Runner) -> None:
+        """Set the phase ``runner.iter`` is in; logs where it changes."""
+        phase = (runner.iter < self.unrolled_iters, runner.iter < self.softplus_iters)
+        if phase == self._phase:
+            return
+        self._phase = phase
+        for backbone, layers in self._configured.items():
+            backbone.implicit.unrolled_layers = self.unrolled_layers if phase[0] else layers
+            backbone.cell.smooth = phase[1]
+        runner.logger.info(f'MDEQ from iteration {runner.iter}: {self._describe()}.')
+
+    def _describe(self) -> str:
+        unrolled, smooth = self._phase
+        if unrolled:
+            text = f'{self.unrolled_layers} unrolled layers until {self.unrolled_iters}'
+        elif any(self._configured.values()):
+            text = f'{max(self._configured.values())} unrolled layers'
+        else:
+            text = 'equilibrium'
+        return f'{text}, softplus until {self.softplus_iters}' if smooth else f'{text}, ReLU'

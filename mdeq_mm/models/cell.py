@@ -1,0 +1,192 @@
+"""f: one residual block per scale, then fusion of all scales (paper, §3.2, Figs. 1 and 2)."""
+
+from typing import Any, Dict, List, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import VariationalDropout2d, build_norm, check_groups, weight_normed
+from ..options import check_choice
+
+
+def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """The block of one scale (paper, Eq. 5). Keeps the shape of its input.
+
+    Args:
+        channels (int): Channels of the scale.
+        expansion (int): Factor by which the inner convolution is wider.
+        norm_cfg (dict): Normalization.
+        drop_rate (float): Variational dropout after the second convolution.
+        weight_norm (bool): Weight-normalize both convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        expansion: int,
+        norm_cfg: Dict[str, Any],
+        drop_rate: float,
+        weight_norm: bool,
+    ) -> None:
+        super().__init__()
+        width = expansion * channels
+        self.conv1 = weight_normed(_conv(channels, width, 3), weight_norm)
+        self.norm1 = build_norm(norm_cfg, width)
+        self.conv2 = weight_normed(_conv(width, channels, 3), weight_norm)
+        self.drop = VariationalDropout2d(drop_rate)
+        self.norm2 = build_norm(norm_cfg, channels)
+        self.norm3 = build_norm(norm_cfg, channels)
+
+    def forward(self, z: Tensor, injection: Tensor = None, smooth: bool = False) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W); ``injection`` only reaches the first scale."""
+        out = F.relu(self.norm1(self.conv1(z)), inplace=True)
+        out = self.drop(self.conv2(out))
+        if injection is not None:
+            out = out + injection
+        return self.norm3(_rectify(self.norm2(out) + z, smooth))
+
+
+def _rectify(x: Tensor, smooth: bool) -> Tensor:
+    """ReLU in place, or softplus, whose slope has no jump at the zero that z starts from."""
+    return F.softplus(x) if smooth else F.relu(x, inplace=True)
+
+
+class Downsample(nn.Sequential):
+    """From a higher resolution to a lower: stride-2 convolutions, one for each halving.
+
+    Odd sizes round up. The width stays that of the source until the last convolution.
+    """
+
+    def __init__(self, cin: int, cout: int, steps: int, norm_cfg: Dict[str, Any]) -> None:
+        layers: List[nn.Module] = []
+        for step in range(steps):
+            width = cout if step == steps - 1 else cin
+            layers += [_conv(cin, width, 3, stride=2), build_norm(norm_cfg, width)]
+            if step < steps - 1:
+                layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+
+class Upsample(nn.Module):
+    """From a lower resolution to a higher: 1x1 convolution and norm at the low one, then resize.
+
+    Args:
+        cin, cout (int): Channels of the source and of the target scale.
+        norm_cfg (dict): Normalization.
+        mode (str): ``'nearest'``, as the released weights were trained, or ``'bilinear'``, as
+            the paper says.
+    """
+
+    def __init__(self, cin: int, cout: int, norm_cfg: Dict[str, Any], mode: str) -> None:
+        super().__init__()
+        self.conv = _conv(cin, cout, 1)
+        self.norm = build_norm(norm_cfg, cout)
+        self.resize = dict(mode=mode)
+        if mode == 'bilinear':
+            self.resize['align_corners'] = False
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(self.norm(self.conv(x)), size=tuple(size), **self.resize)
+
+
+class Fusion(nn.Module):
+    """Mixes all scales into one: sum, rectify, 1x1 convolution, norm.
+
+    Args:
+        index (int): The target scale.
+        channels (Sequence[int]): Channels of every scale, highest resolution first.
+        norm_cfg (dict): Normalization; the last norm takes half the groups.
+        weight_norm (bool): Weight-normalize the last convolution.
+        upsample (str): Mode of :class:`Upsample`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        channels: Sequence[int],
+        norm_cfg: Dict[str, Any],
+        weight_norm: bool,
+        upsample: str,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        target = channels[index]
+        self.sources = nn.ModuleDict()
+        for j, width in enumerate(channels):
+            if j < index:
+                self.sources[str(j)] = Downsample(width, target, index - j, norm_cfg)
+            elif j > index:
+                self.sources[str(j)] = Upsample(width, target, norm_cfg, upsample)
+        self.conv = weight_normed(_conv(target, target, 1), weight_norm)
+        self.norm = build_norm(norm_cfg, target, halve_groups=True)
+
+    def forward(self, features: Sequence[Tensor], smooth: bool = False) -> Tensor:
+        """[(N, Ci, Hi, Wi)] -> (N, C, H, W) of the target scale."""
+        total = features[self.index]
+        size = total.shape[-2:]
+        # The first sum makes a new tensor, so that the later ones may be in place.
+        in_place = False
+        for j, path in self.sources.items():
+            source = features[int(j)]
+            term = path(source, size) if int(j) > self.index else path(source)
+            total = total.add_(term) if in_place else total + term
+            in_place = True
+        total = _rectify(total, smooth) if in_place else _rectify(total.clone(), smooth)
+        return self.norm(self.conv(total))
+
+
+class MDEQCell(nn.Module):
+    """f of a multiscale deep equilibrium model. One forward is one call of f.
+
+    It must be the same function at every call of one forward pass: dropout masks change only
+    when the owner resets them.
+
+    Args:
+        channels (Sequence[int]): Channels per scale, highest resolution first.
+        expansion (int): Width factor inside the residual blocks.
+        norm_cfg (dict): Normalization, group norm in the paper.
+        drop_rate (float): Rate of variational dropout.
+        weight_norm (bool): Weight-normalize the convolutions of the blocks and the last one of
+            every fusion.
+        upsample (str): ``'nearest'`` or ``'bilinear'``.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        expansion: int = 5,
+        norm_cfg: Dict[str, Any] = dict(type='GN', num_groups=8),
+        drop_rate: float = 0.0,
+        weight_norm: bool = True,
+        upsample: str = 'nearest',
+    ) -> None:
+        super().__init__()
+        check_choice('MDEQCell', 'upsample', upsample, ('nearest', 'bilinear'))
+        for i, c in enumerate(channels):
+            # Before the wider inner norms, whose widths the user never wrote, can complain.
+            check_groups(c, norm_cfg.get('num_groups', 1), f'channels[{i}] with {norm_cfg}')
+        self.blocks = nn.ModuleList(
+            ResidualBlock(c, expansion, norm_cfg, drop_rate, weight_norm) for c in channels
+        )
+        self.fusions = nn.ModuleList(
+            Fusion(i, channels, norm_cfg, weight_norm, upsample) for i in range(len(channels))
+        )
+        #: Softplus in place of the last ReLU of blocks and fusions (paper, §3.3).
+        self.smooth = False
+
+    def forward(self, states: Sequence[Tensor], injection: Tensor) -> List[Tensor]:
+        """z -> f(z; x).
+
+        Args:
+            states (Sequence[Tensor]): z, (N, Ci, Hi, Wi) per scale; left as they are.
+            injection (Tensor): x, of the shape of the first scale.
+        """
+        injections = [injection] + [None] * (len(states) - 1)
+        features = [
+            block(z, x, self.smooth) for block, z, x in zip(self.blocks, states, injections)
+        ]
+        return [fusion(features, self.smooth) for fusion in self.fusions]

@@ -1,0 +1,287 @@
+"""The backbone as a member of OpenMMLab: registry, shapes, training, freezing, errors."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import mdeq_mm  # noqa: F401
+from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
+
+TINY = dict(type='MDEQBackbone', channels=(8, 16), expansion=2, stem_strides=(2, 1))
+
+
+def broyden(max_iter=8, **kwargs):
+    return dict(type='LimitedMemoryBroyden', max_iter=max_iter, **kwargs)
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    net = MODELS.build({**TINY, **kwargs})
+    net.init_weights()
+    return net
+
+
+def contracting(net):
+    """Weights under which f contracts without training: the injection outweighs the state."""
+    cell = net.cell
+    nn.init.constant_(cell.blocks[0].conv2.parametrizations.weight.original0, 0.02)
+    nn.init.constant_(cell.fusions[0].sources['1'].norm.weight, 0.1)
+    nn.init.constant_(cell.fusions[1].sources['0'][-1].weight, 10.0)
+    for fusion in cell.fusions:
+        nn.init.constant_(fusion.norm.weight, 0.1)
+    return net
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmseg', 'mmpretrain'])
+def test_found_by_its_plain_name_from_every_scope(scope):
+    pytest.importorskip(scope)
+    import importlib
+
+    registry = importlib.import_module(f'{scope}.registry').MODELS
+    with DefaultScope.overwrite_default_scope(scope):
+        assert type(registry.build(dict(TINY))) is MDEQBackbone
+        assert registry.get('MDEQFuseNeck') is MDEQFuseNeck
+        assert registry.get('VariationalDropout2d') is not None
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (7, 5), (2, 1), (1, 1)])
+@pytest.mark.parametrize('num_scales', [1, 2, 4])
+def test_any_input_size_and_number_of_scales(size, num_scales):
+    channels = (8, 16, 8, 24)[:num_scales]
+    net = tiny(channels=channels, solver=broyden(3), gradient=dict(type='JacobianFreeGradient'))
+    net.eval()
+    outs = net(torch.randn(2, 3, *size))
+    h, w = (size[0] + 1) // 2, (size[1] + 1) // 2
+    assert len(outs) == num_scales
+    for out, c in zip(outs, channels):
+        assert out.shape == (2, c, h, w) and torch.isfinite(out).all()
+        h, w = (h + 1) // 2, (w + 1) // 2
+
+
+def test_out_indices_choose_the_scales():
+    net = tiny(out_indices=(1,)).eval()
+    (out,) = net(torch.randn(1, 3, 16, 16))
+    assert out.shape == (1, 16, 4, 4)
+
+
+def test_every_parameter_gets_a_gradient_even_from_one_scale():
+    net = tiny(out_indices=(1,), solver=broyden(6), gradient=dict(
+        type='ImplicitGradient', solver=broyden(6)))
+    (out,) = net(torch.randn(2, 3, 16, 16))
+    (out * torch.randn_like(out)).sum().backward()
+    missing = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def test_training_and_evaluation_return_the_same_equilibrium():
+    net = tiny(norm_eval=True)
+    x = torch.randn(2, 3, 16, 16)
+    net.train()
+    trained = net(x)
+    net.eval()
+    with torch.no_grad():
+        for a, b in zip(trained, net(x)):
+            torch.testing.assert_close(a, b)
+
+
+def test_output_is_an_equilibrium():
+    net = contracting(tiny(solver=broyden(80, tol=1e-9))).double().train()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    outs = net(x)
+    injection = net.injection(net.stem(x))
+    for z, fz in zip(outs, net.cell(outs, injection)):
+        torch.testing.assert_close(z, fz, atol=1e-8, rtol=1e-6)
+
+
+def test_answer_for_an_image_does_not_depend_on_its_batch():
+    net = tiny(solver=broyden(20, tol=1e-3)).double().eval()
+    x = torch.randn(8, 3, 12, 20, dtype=torch.float64)
+    together = net(x)
+    for i in range(8):
+        for t, alone in zip(together, net(x[i : i + 1])):
+            torch.testing.assert_close(t[i], alone[0], atol=1e-9, rtol=1e-7)
+
+
+def test_input_gets_a_gradient_in_evaluation():
+    net = tiny().eval()
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    out = net(x)[0]
+    (out * torch.randn_like(out)).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_calls_of_f_are_max_iter_and_one():
+    net = tiny(solver=broyden(5, tol=0)).eval()
+    calls = []
+    net.cell.register_forward_hook(lambda *_: calls.append(1))
+    net(torch.randn(1, 3, 8, 8))
+    assert len(calls) == 6
+
+
+def test_new_masks_each_training_forward_and_none_in_evaluation():
+    net = tiny(drop_rate=0.5, norm_eval=True)
+    x = torch.randn(2, 3, 16, 16)
+    net.train()
+    a, b = net(x)[0], net(x)[0]
+    assert not torch.equal(a, b)
+    net.eval()
+    assert torch.equal(net(x)[0], net(x)[0])
+
+
+def test_two_forwards_with_dropout_then_two_backwards():
+    net = tiny(drop_rate=0.5, norm_eval=True, gradient=dict(
+        type='ImplicitGradient', solver=broyden(10)))
+    x = torch.randn(2, 3, 16, 16)
+    params = list(net.parameters())
+
+    def grads(order):
+        torch.manual_seed(3)
+        losses = [net(x)[0].pow(2).sum(), net(x)[1].pow(3).sum()]
+        result = {i: torch.autograd.grad(losses[i], params) for i in order}
+        return [*result[0], *result[1]]
+
+    torch.testing.assert_close(grads((0, 1)), grads((1, 0)))
+
+
+def test_in_place_work_on_an_output_does_not_disturb_the_gradient():
+    net = tiny(norm_eval=True)
+    x = torch.randn(2, 3, 16, 16)
+    params = list(net.parameters())
+    expected = torch.autograd.grad(net(x)[0].relu().sum(), params)
+    got = torch.autograd.grad(net(x)[0].relu_().sum(), params)
+    torch.testing.assert_close(got, expected)
+
+
+def test_memory_of_a_step_does_not_depend_on_max_iter():
+    """Tensors alive after a forward: one call of f, whatever the solver spent."""
+
+    def alive(max_iter):
+        net = tiny(solver=broyden(max_iter, tol=0, memory=4), gradient=dict(
+            type='ImplicitGradient', solver=broyden(max_iter, tol=0, memory=4)))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append(t.numel()), t)[1], lambda t: t
+        ):
+            net(torch.randn(2, 3, 32, 32))
+        return sum(saved)
+
+    assert alive(10) == alive(40) > 0
+
+
+def test_frozen_stages_and_norm_eval():
+    net = tiny(frozen_stages=0, norm_eval=True).train()
+    assert not any(p.requires_grad for p in net.stem.parameters())
+    assert all(p.requires_grad for p in net.cell.parameters())
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms) and net.cell.training
+    whole = tiny(frozen_stages=2).train()
+    assert not any(p.requires_grad for p in whole.parameters())
+    assert not any(m.training for m in (whole.stem, whole.injection, whole.cell))
+
+
+def test_stem_injection_as_released():
+    full = dict(stem_strides=(1, 1), expansion=1)
+    assert isinstance(tiny(channels=(8, 8), **full).injection, nn.Identity)
+    assert not isinstance(tiny(channels=(8, 8, 8), **full).injection, nn.Identity)
+    assert not isinstance(tiny(channels=(8, 8)).injection, nn.Identity)
+
+
+def test_initialization_reaches_plain_convolutions_only():
+    net = tiny(channels=(32, 64))
+    path = net.cell.fusions[1].sources['0'][0]
+    assert path.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    normed = net.cell.blocks[1].conv1
+    bound = 1 / (64 * 9) ** 0.5
+    assert normed.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+    plain = tiny(channels=(32, 64), weight_norm=False).cell.blocks[1].conv1
+    assert plain.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_deepcopy_pickle_and_state_dict_after_a_step():
+    net = tiny(drop_rate=0.3)
+    net(torch.randn(2, 3, 16, 16))[0].sum().backward()
+    x = torch.randn(1, 3, 16, 16)
+    net.eval()
+    expected = net(x)[0]
+    for twin in (copy.deepcopy(net), pickle_roundtrip(net)):
+        assert torch.equal(twin(x)[0], expected)
+    other = tiny(drop_rate=0.3)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(x)[0], expected)
+
+
+def pickle_roundtrip(net):
+    # torch cannot pickle parametrized modules; their state dict is the portable form.
+    twin = tiny(drop_rate=0.3).eval()
+    twin.load_state_dict(pickle.loads(pickle.dumps(net.state_dict())))
+    return twin
+
+
+def test_autocast_keeps_the_state_in_full_precision():
+    net = tiny(norm_eval=True)
+    x = torch.randn(2, 3, 16, 16)
+    reference = net(x)
+    dtypes = set()
+    net.cell.register_forward_hook(lambda m, args, out: dtypes.update(o.dtype for o in out))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = net(x)
+    sum(o.float().pow(2).sum() for o in outs).backward()
+    assert dtypes == {torch.bfloat16}
+    assert all(o.dtype == torch.float32 for o in outs)
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    assert torch.isfinite(reference[0]).all()
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (dict(slover=dict(type='Anderson')), ["'slover'", "'solver'", 'expansion']),
+        (dict(solver=dict(type='Andersen')), ["'Anderson'", 'LimitedMemoryBroyden']),
+        (dict(solver=dict(type='Anderson', memory=0)), ['memory', '>= 1']),
+        (dict(solver=dict(type='Anderson', memroy=3)), ["'memory'", 'ridge']),
+        (dict(channels=(3, 8)), ['3 channels', '8 groups', '[1, 3]']),
+        (dict(channels=()), ['channels']),
+        (dict(channels=(8, -1)), ['channels', '-1']),
+        (dict(out_indices=(0, 2)), ['out_indices', '0..1', '(0, 2)']),
+        (dict(upsample='cubic'), ['nearest', 'bilinear', "'cubic'"]),
+        (dict(expansion=0), ['expansion', '>= 1']),
+        (dict(drop_rate=1.0), ['drop_rate', '[0, 1)']),
+        (dict(frozen_stages=3), ['frozen_stages', '3']),
+        (dict(norm_cfg=dict(type='BN')), ['batch statistics', 'GN']),
+        (dict(gradient=dict(type='Exact')), ['ImplicitGradient', 'PhantomGradient']),
+        (dict(stem_norm_cfg=dict(type='GN', num_groups=3)), ['8 channels', '3 groups']),
+    ],
+)
+def test_wrong_option_fails_at_construction_naming_the_choices(options, words):
+    with pytest.raises((TypeError, ValueError)) as error:
+        MODELS.build({**TINY, **options})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+class TestFuseNeck:
+    def test_one_map_at_the_lowest_resolution(self):
+        neck = MODELS.build(
+            dict(type='MDEQFuseNeck', in_channels=(8, 16), head_channels=(2, 4), out_channels=20)
+        )
+        (out,) = neck([torch.randn(2, 8, 9, 7), torch.randn(2, 16, 5, 4)])
+        assert out.shape == (2, 20, 5, 4)
+
+    def test_single_scale(self):
+        neck = MDEQFuseNeck((8,), (2,), 20)
+        assert neck([torch.randn(2, 8, 9, 7)])[0].shape == (2, 20, 9, 7)
+
+    def test_every_scale_reaches_the_output(self):
+        neck = MDEQFuseNeck((8, 8, 8), (2, 2, 2), 5).eval()
+        maps = [torch.randn(1, 8, s, s, requires_grad=True) for s in (8, 4, 2)]
+        neck(maps)[0].sum().backward()
+        assert all(m.grad.abs().sum() > 0 for m in maps)
+
+    def test_scale_counts_that_disagree_are_named(self):
+        with pytest.raises(ValueError, match='one entry a scale'):
+            MDEQFuseNeck((8, 16), (2,), 20)
+        with pytest.raises(ValueError, match='2 scales and got 1'):
+            MDEQFuseNeck((8, 16), (2, 4), 20)([torch.randn(1, 8, 4, 4)])

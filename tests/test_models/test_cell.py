@@ -1,0 +1,94 @@
+"""f against the formulas of the paper, written out plainly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mdeq_mm.layers import reset_masks
+from mdeq_mm.models import MDEQCell
+
+
+def features(channels, size=(12, 10), n=2, dtype=torch.float64):
+    h, w = size
+    maps = []
+    for c in channels:
+        maps.append(torch.randn(n, c, h, w, dtype=dtype))
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return maps
+
+
+def norm(layer, x):
+    return F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
+
+
+def reference(cell, states, x, resize, act):
+    """Eq. 5 and the fusion of §3.2, from the cell's weights alone."""
+    blocks = []
+    for i, (b, z) in enumerate(zip(cell.blocks, states)):
+        h = F.relu(norm(b.norm1, F.conv2d(z, b.conv1.weight, padding=1)))
+        h = F.conv2d(h, b.conv2.weight, padding=1) + (x if i == 0 else 0)
+        blocks.append(norm(b.norm3, act(norm(b.norm2, h) + z)))
+    outs = []
+    for i, fusion in enumerate(cell.fusions):
+        total = blocks[i]
+        for j, path in fusion.sources.items():
+            h = blocks[int(j)]
+            if int(j) < i:
+                for k in range(i - int(j)):
+                    conv, gn = path[3 * k], path[3 * k + 1]
+                    h = norm(gn, F.conv2d(F.relu(h) if k else h, conv.weight, stride=2, padding=1))
+            else:
+                h = resize(norm(path.norm, F.conv2d(h, path.conv.weight)), total.shape[-2:])
+            total = total + h
+        outs.append(norm(fusion.norm, F.conv2d(act(total), fusion.conv.weight)))
+    return outs
+
+
+@pytest.mark.parametrize('channels', [(8,), (8, 16), (8, 16, 8, 24)])
+@pytest.mark.parametrize('size', [(16, 8), (13, 9)])
+@pytest.mark.parametrize('smooth', [False, True])
+@pytest.mark.parametrize('upsample', ['nearest', 'bilinear'])
+def test_cell_is_the_formula(channels, size, smooth, upsample):
+    torch.manual_seed(0)
+    cell = MDEQCell(channels, expansion=2, upsample=upsample).double()
+    cell.smooth = smooth
+    for p in cell.parameters():
+        torch.nn.init.normal_(p)
+    states = features(channels, size)
+    x = torch.randn_like(states[0])
+
+    def resize(h, target):
+        if upsample == 'nearest':
+            return F.interpolate(h, size=target)
+        return F.interpolate(h, size=target, mode='bilinear', align_corners=False)
+
+    expected = reference(cell, states, x, resize, F.softplus if smooth else F.relu)
+    before = [s.clone() for s in states]
+    got = cell(states, x)
+    assert all(torch.equal(s, b) for s, b in zip(states, before))
+    for g, e, s in zip(got, expected, states):
+        assert g.shape == s.shape
+        torch.testing.assert_close(g, e)
+
+
+def test_dropout_masks_are_one_function_until_reset():
+    torch.manual_seed(0)
+    cell = MDEQCell((16, 16), expansion=1, drop_rate=0.5)
+    states = features((16, 16), dtype=torch.float32)
+    x = torch.randn_like(states[0])
+    first = cell(states, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, cell(states, x)))
+    reset_masks(cell)
+    assert not torch.equal(first[0], cell(states, x)[0])
+
+
+def test_layout_of_the_maps_does_not_change_the_values():
+    torch.manual_seed(0)
+    cell = MDEQCell((8, 16), expansion=2)
+    states = features((8, 16), dtype=torch.float32)
+    x = torch.randn_like(states[0])
+    last = [s.contiguous(memory_format=torch.channels_last) for s in states]
+    got = cell(last, x.contiguous(memory_format=torch.channels_last))
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in got)
+    for g, e in zip(got, cell(states, x)):
+        torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)

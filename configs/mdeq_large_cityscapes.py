@@ -12,8 +12,6 @@ model = dict(
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
 custom_hooks = [
-    dict(
-        type='MDEQWarmupHook', unrolled_iters=32000, unrolled_layers=3, softplus_iters=32000
-    ),
+    dict(type='MDEQWarmupHook', unrolled_iters=32000, unrolled_layers=3, softplus_iters=32000),
     dict(type='SolverStatsHook'),
 ]

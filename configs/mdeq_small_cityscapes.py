@@ -7,8 +7,6 @@ _base_ = [
 ]
 model = dict(data_preprocessor=_base_.data_preprocessor, backbone=dict(drop_rate=0.05))
 custom_hooks = [
-    dict(
-        type='MDEQWarmupHook', unrolled_iters=60000, unrolled_layers=3, softplus_iters=60000
-    ),
+    dict(type='MDEQWarmupHook', unrolled_iters=60000, unrolled_layers=3, softplus_iters=60000),
     dict(type='SolverStatsHook'),
 ]

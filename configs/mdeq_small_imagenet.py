@@ -6,8 +6,6 @@ _base_ = [
     './_base_/runtime_cls.py',
 ]
 custom_hooks = [
-    dict(
-        type='MDEQWarmupHook', unrolled_iters=500000, unrolled_layers=5, softplus_iters=500000
-    ),
+    dict(type='MDEQWarmupHook', unrolled_iters=500000, unrolled_layers=5, softplus_iters=500000),
     dict(type='SolverStatsHook'),
 ]

@@ -15,9 +15,7 @@ model = dict(
         gradient=dict(solver=dict(max_iter=12)),
     ),
     neck=[
-        dict(
-            type='MDEQFuseNeck', in_channels=(24, 24), head_channels=(8, 16), out_channels=200
-        ),
+        dict(type='MDEQFuseNeck', in_channels=(24, 24), head_channels=(8, 16), out_channels=200),
         dict(type='GlobalAveragePooling'),
     ],
     head=dict(num_classes=10, in_channels=200, topk=(1,)),

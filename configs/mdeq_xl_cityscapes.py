@@ -24,8 +24,6 @@ param_scheduler = [dict(type='CosineAnnealingLR', begin=0, end=max_iters, by_epo
 train_cfg = dict(max_iters=max_iters)
 auto_scale_lr = dict(base_batch_size=16)
 custom_hooks = [
-    dict(
-        type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000
-    ),
+    dict(type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000),
     dict(type='SolverStatsHook'),
 ]

@@ -151,9 +151,7 @@ class PhantomGradient(Gradient):
 
     def __init__(self, steps: int = 5, damping: float = 0.5) -> None:
         self.steps = check_int('PhantomGradient', 'steps', steps, minimum=1)
-        self.damping = check_number(
-            'PhantomGradient', 'damping', damping, 0, 1, open_low=True
-        )
+        self.damping = check_number('PhantomGradient', 'damping', damping, 0, 1, open_low=True)
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
         z = solution.z.detach()

@@ -59,6 +59,4 @@ def test_stats_tell_what_both_solves_did():
     forward, backward = layer.forward_stats, layer.backward_stats
     assert (forward.status == Status.CONVERGED).all() and (forward.residual <= 1e-4).all()
     assert forward.summary()['nfe'] == forward.num_iter[0].item()
-    assert backward.summary() == pytest.approx(
-        dict(nfe=1, residual=1 / 3, converged=0, failed=0)
-    )
+    assert backward.summary() == pytest.approx(dict(nfe=1, residual=1 / 3, converged=0, failed=0))

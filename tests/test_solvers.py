@@ -96,9 +96,7 @@ def test_limited_broyden_matrix_is_that_of_the_latest_pairs(memory):
 
 def test_anderson_solves_a_linear_problem_in_dimension_plus_two_evaluations():
     problem = affine_contraction(n=4, d=6)
-    found = solve(
-        problem.f, problem.start, Anderson(max_iter=8, tol=0, memory=6, ridge=0.0)
-    )
+    found = solve(problem.f, problem.start, Anderson(max_iter=8, tol=0, memory=6, ridge=0.0))
     torch.testing.assert_close(found.z, problem.solution, atol=1e-8, rtol=1e-8)
 
 

@@ -37,9 +37,7 @@ class SolverStatsHook(Hook):
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(
-        self, interval: int = 10, warn_residual: float = 0.1, patience: int = 20
-    ) -> None:
+    def __init__(self, interval: int = 10, warn_residual: float = 0.1, patience: int = 20) -> None:
         name = type(self).__name__
         self.interval = check_int(name, 'interval', interval, 1)
         self.warn_residual = check_number(name, 'warn_residual', warn_residual, 0)

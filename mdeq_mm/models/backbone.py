@@ -92,9 +92,7 @@ class MDEQBackbone(BaseModule):
 
         self.stem = self._make_stem(in_channels, stem_norm_cfg)
         self.injection = self._make_injection(stem_norm_cfg)
-        self.cell = MDEQCell(
-            self.channels, expansion, norm_cfg, drop_rate, weight_norm, upsample
-        )
+        self.cell = MDEQCell(self.channels, expansion, norm_cfg, drop_rate, weight_norm, upsample)
         self.implicit = ImplicitLayer(solver, gradient, unrolled_layers)
         self._freeze()
 
@@ -105,9 +103,7 @@ class MDEQBackbone(BaseModule):
         convs = []
         for stride in self.stem_strides:
             convs.append(
-                ConvModule(
-                    in_channels, width, 3, stride, padding=1, bias=False, norm_cfg=norm_cfg
-                )
+                ConvModule(in_channels, width, 3, stride, padding=1, bias=False, norm_cfg=norm_cfg)
             )
             in_channels = width
         return nn.Sequential(*convs)

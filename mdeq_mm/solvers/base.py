@@ -119,7 +119,8 @@ class _Record:
         """Take in one evaluation.
 
         Args:
-            norm_g, norm_f (Tensor): (N,) ``|f(z) - z|`` and ``|f(z)|``.
+            norm_g (Tensor): (N,) ``|f(z) - z|``.
+            norm_f (Tensor): (N,) ``|f(z)|``.
 
         Returns:
             tuple: (N,) which samples improved; whether all did; whether none is active any

@@ -69,8 +69,11 @@ def test_out_indices_choose_the_scales():
 
 
 def test_every_parameter_gets_a_gradient_even_from_one_scale():
-    net = tiny(out_indices=(1,), solver=broyden(6), gradient=dict(
-        type='ImplicitGradient', solver=broyden(6)))
+    net = tiny(
+        out_indices=(1,),
+        solver=broyden(6),
+        gradient=dict(type='ImplicitGradient', solver=broyden(6)),
+    )
     (out,) = net(torch.randn(2, 3, 16, 16))
     (out * torch.randn_like(out)).sum().backward()
     missing = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -133,8 +136,9 @@ def test_new_masks_each_training_forward_and_none_in_evaluation():
 
 
 def test_two_forwards_with_dropout_then_two_backwards():
-    net = tiny(drop_rate=0.5, norm_eval=True, gradient=dict(
-        type='ImplicitGradient', solver=broyden(10)))
+    net = tiny(
+        drop_rate=0.5, norm_eval=True, gradient=dict(type='ImplicitGradient', solver=broyden(10))
+    )
     x = torch.randn(2, 3, 16, 16)
     params = list(net.parameters())
 
@@ -160,8 +164,10 @@ def test_memory_of_a_step_does_not_depend_on_max_iter():
     """Tensors alive after a forward: one call of f, whatever the solver spent."""
 
     def alive(max_iter):
-        net = tiny(solver=broyden(max_iter, tol=0, memory=4), gradient=dict(
-            type='ImplicitGradient', solver=broyden(max_iter, tol=0, memory=4)))
+        net = tiny(
+            solver=broyden(max_iter, tol=0, memory=4),
+            gradient=dict(type='ImplicitGradient', solver=broyden(max_iter, tol=0, memory=4)),
+        )
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: (saved.append(t.numel()), t)[1], lambda t: t

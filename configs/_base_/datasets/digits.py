@@ -12,9 +12,7 @@ train_dataloader = dict(
     persistent_workers=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type=dataset_type, data_root=data_root, data_prefix='train', pipeline=pipeline
-    ),
+    dataset=dict(type=dataset_type, data_root=data_root, data_prefix='train', pipeline=pipeline),
 )
 val_dataloader = dict(
     batch_size=60,
@@ -22,9 +20,7 @@ val_dataloader = dict(
     persistent_workers=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type, data_root=data_root, data_prefix='test', pipeline=pipeline
-    ),
+    dataset=dict(type=dataset_type, data_root=data_root, data_prefix='test', pipeline=pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1,))

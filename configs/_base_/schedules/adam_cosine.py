@@ -1,8 +1,6 @@
 # Adam with cosine decay over iterations. A config sets the number of epochs in three places:
 # T_max, end and max_epochs.
-optim_wrapper = dict(
-    type='OptimWrapper', optimizer=dict(type='Adam', lr=1e-3, weight_decay=0.0)
-)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=1e-3, weight_decay=0.0))
 param_scheduler = [
     dict(
         type='CosineAnnealingLR',

@@ -1,0 +1,238 @@
+"""Hooks inside a real mmengine Runner on a toy task."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+from mdeq_mm.hooks import MDEQWarmupHook, SolverStatsHook
+from mdeq_mm.layers import VariationalDropout2d
+
+
+def solver(max_iter, tol=0):
+    return dict(type='LimitedMemoryBroyden', max_iter=max_iter, tol=tol)
+
+
+class Toy(BaseModel):
+    """A backbone whose mean output is the loss; ``poison`` makes the loss nan."""
+
+    def __init__(self, poison=False, **backbone):
+        super().__init__()
+        self.poison = poison
+        self.backbone = MODELS.build(
+            dict(
+                type='MDEQBackbone',
+                channels=(8, 8),
+                expansion=1,
+                solver=solver(4),
+                gradient=dict(type='ImplicitGradient', solver=solver(3)),
+                **backbone,
+            )
+        )
+        self.seen = []
+
+    def forward(self, inputs, mode='tensor'):
+        outs = self.backbone(torch.stack(inputs) if isinstance(inputs, list) else inputs)
+        implicit, cell = self.backbone.implicit, self.backbone.cell
+        self.seen.append((self.training, implicit.unrolled_layers, cell.smooth))
+        if mode == 'loss':
+            return dict(
+                loss=sum(o.pow(2).mean() for o in outs) * (float('nan') if self.poison else 1)
+            )
+        return [outs[0].mean()] * len(outs[0])
+
+
+class Noise(Dataset):
+    METAINFO = {}
+
+    def __init__(self, n=8):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return dict(inputs=torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)))
+
+
+def run(tmp_path, model, hooks, max_iters=6, val_interval=3, resume=False, **options):
+    loader = dict(
+        batch_size=2, sampler=dict(type='InfiniteSampler'), dataset=Noise(), num_workers=0
+    )
+    val = dict(
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=Noise(4),
+        num_workers=0,
+    )
+    runner = Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=loader,
+        val_dataloader=val,
+        val_evaluator=Evaluator([]),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=val_interval),
+        val_cfg=dict(),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3),
+        ),
+        log_processor=dict(by_epoch=False),
+        custom_hooks=hooks,
+        experiment_name=f'toy{tmp_path.name}{resume}',
+        resume=resume,
+        **options,
+    )
+    runner.train()
+    return runner
+
+
+def train_phases(model):
+    return [(unrolled, smooth) for training, unrolled, smooth in model.seen if training]
+
+
+def log_text(tmp_path):
+    return '\n'.join(p.read_text() for p in Path(tmp_path).rglob('*.log'))
+
+
+def scalars(tmp_path):
+    rows = []
+    for path in Path(tmp_path).rglob('scalars.json'):
+        rows += [json.loads(line) for line in path.read_text().splitlines()]
+    return rows
+
+
+def test_warmup_goes_from_unrolled_softplus_to_the_equilibrium(tmp_path):
+    model = Toy()
+    hook = MDEQWarmupHook(unrolled_iters=4, unrolled_layers=2, softplus_iters=2)
+    run(tmp_path, model, [hook])
+    assert train_phases(model) == [(2, True)] * 2 + [(2, False)] * 2 + [(0, False)] * 2
+    validated = [unrolled for training, unrolled, _ in model.seen if not training]
+    assert validated == [2, 2, 0, 0]
+    text = log_text(tmp_path)
+    assert 'from iteration 0: 2 unrolled layers until 4, softplus until 2' in text
+    assert 'from iteration 4: equilibrium, ReLU' in text
+    assert 'Validating the network in training: 2 unrolled layers until 4, ReLU' in text
+
+
+def test_warmup_phase_follows_the_iteration_of_a_resumed_run(tmp_path):
+    hook = dict(type='MDEQWarmupHook', unrolled_iters=4, unrolled_layers=2)
+    run(tmp_path, Toy(), [hook], max_iters=3)
+    model = Toy()
+    run(tmp_path, model, [hook], max_iters=6, resume=True)
+    assert train_phases(model) == [(2, False), (0, False), (0, False)]
+
+
+def test_warmup_returns_to_an_unrolled_configuration(tmp_path):
+    model = Toy(unrolled_layers=3)
+    run(tmp_path, model, [MDEQWarmupHook(unrolled_iters=2, unrolled_layers=1)], max_iters=3)
+    assert train_phases(model) == [(1, False), (1, False), (3, False)]
+    assert model.backbone.implicit.unrolled_layers == 3
+
+
+def test_warmup_without_an_mdeq_is_an_error(tmp_path):
+    class Plain(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self, inputs, mode='tensor'):
+            return dict(loss=self.layer.weight.sum())
+
+    with pytest.raises(ValueError, match='no MDEQBackbone'):
+        run(tmp_path, Plain(), [MDEQWarmupHook(unrolled_iters=2)])
+
+
+def test_solver_stats_reach_log_line_and_scalars(tmp_path):
+    run(tmp_path, Toy(), [dict(type='SolverStatsHook', interval=1)])
+    rows = scalars(tmp_path)
+    train = [r for r in rows if 'deq_bwd_nfe' in r]
+    assert train and all(r['deq_nfe'] == 4 and r['deq_bwd_nfe'] == 3 for r in train)
+    assert all(0 <= r['deq_residual'] and r['deq_converged'] == 0 for r in train)
+    validated = [r for r in rows if 'deq_nfe' in r and 'deq_bwd_nfe' not in r]
+    assert validated and validated[-1]['deq_nfe'] == 4
+    assert 'deq_nfe: 4.0000' in log_text(tmp_path)
+
+
+def test_unrolled_iterations_log_no_solver(tmp_path):
+    hooks = [MDEQWarmupHook(unrolled_iters=10), SolverStatsHook(interval=1)]
+    run(tmp_path, Toy(), hooks)
+    assert not any('deq_nfe' in row for row in scalars(tmp_path))
+
+
+def warnings_of(tmp_path):
+    lines = log_text(tmp_path).splitlines()
+    return [line for line in lines if 'WARNING' in line and ('solver' in line or 'loss' in line)]
+
+
+def test_unconverged_solver_is_warned_about_once_with_a_remedy(tmp_path):
+    hook = SolverStatsHook(interval=1, warn_residual=1e-6, patience=3)
+    run(tmp_path, Toy(), [hook])
+    (warning,) = warnings_of(tmp_path)
+    assert '3 reports in a row' in warning and 'Raise max_iter' in warning
+
+
+def test_nan_loss_is_told_apart_from_solver_failure(tmp_path):
+    run(tmp_path / 'loss', Toy(poison=True), [SolverStatsHook(interval=1)], max_iters=1)
+    text = '\n'.join(warnings_of(tmp_path / 'loss'))
+    assert 'The loss is not finite; the equilibrium is finite' in text
+
+    model = Toy()
+    # A weight that MM's initialization leaves alone.
+    conv = model.backbone.cell.blocks[0].conv1
+    torch.nn.init.constant_(conv.parametrizations.weight.original0, float('nan'))
+    run(tmp_path / 'solver', model, [SolverStatsHook(interval=1)], max_iters=1)
+    text = '\n'.join(warnings_of(tmp_path / 'solver'))
+    assert 'forward solver diverged or turned non-finite on 2 samples' in text
+    assert 'The loss is not finite; the solver failed as well' in text
+
+
+def test_dropout_hook_renews_masks_each_iteration(tmp_path):
+    class Dropped(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.drop = VariationalDropout2d(0.5)
+            self.masks = []
+
+        def forward(self, inputs, mode='tensor'):
+            if mode != 'loss':
+                return inputs
+            x = torch.ones(2, 64, 1, 1)
+            outs = [self.drop(x), self.drop(x)]
+            assert torch.equal(*outs)
+            self.masks.append(outs[0])
+            return dict(loss=(self.weight * outs[0]).mean())
+
+    model = Dropped()
+    hooks = [dict(type='VariationalDropoutHook')]
+    run(tmp_path, model, hooks, max_iters=2, val_interval=100)
+    assert len(model.masks) == 2 and not torch.equal(*model.masks)
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda: MDEQWarmupHook(unroled_iters=3), ['unrolled_iters', 'softplus_iters']),
+        (lambda: MDEQWarmupHook(unrolled_iters=-1), ['unrolled_iters', '-1']),
+        (lambda: SolverStatsHook(interval=0), ['interval', '0']),
+    ],
+)
+def test_wrong_option_names_the_choices(make, words):
+    with pytest.raises((TypeError, ValueError)) as error:
+        make()
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    yield
+    logging.shutdown()

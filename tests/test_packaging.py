@@ -1,0 +1,83 @@
+"""What a wheel holds, what an install asks for, and that things are written once."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import mdeq_mm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    """The files a wheel would hold, built outside of the working tree, and the metadata."""
+    folder = tmp_path_factory.mktemp('build')
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(folder)]
+        + ['build', '--build-base', str(folder), '--build-lib', str(folder / 'lib')],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+def test_a_wheel_holds_every_config_and_tool(built):
+    mim = built / 'lib' / 'mdeq_mm' / '.mim'
+    for name in ('configs', 'tools'):
+        wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob('*.py')}
+        held = {p.relative_to(mim) for p in (mim / name).rglob('*.py')}
+        assert wanted and held == wanted
+    assert not [p for p in mim.rglob('*') if p.name == '__pycache__' or p.name[0] == '.']
+
+
+def test_a_wheel_holds_every_module(built):
+    wanted = {p.relative_to(ROOT) for p in (ROOT / 'mdeq_mm').rglob('*.py')}
+    lib = built / 'lib'
+    held = {p.relative_to(lib) for p in lib.rglob('*.py')}
+    assert held - {p for p in held if '.mim' in p.parts} == wanted
+
+
+def test_building_leaves_nothing_in_the_package(built):
+    assert built.exists()
+    assert not (ROOT / 'mdeq_mm' / '.mim').exists()
+
+
+def _metadata(built, field):
+    text = next(built.glob('*.egg-info/PKG-INFO')).read_text()
+    return re.findall(rf'^{field}: (.+)$', text.split('\n\n')[0], flags=re.MULTILINE)
+
+
+def test_metadata(built):
+    assert _metadata(built, 'Version') == [mdeq_mm.__version__]
+    assert set(_metadata(built, 'Provides-Extra')) == {'onedl', 'mim', 'tests', 'optional'}
+
+
+def test_no_openmmlab_package_without_an_extra(built):
+    # Two mmengines must never meet: the family is chosen by an extra.
+    requirements = [Requirement(line) for line in _metadata(built, 'Requires-Dist')]
+    always = {r.name for r in requirements if r.marker is None}
+    assert always == {'numpy', 'torch'}
+
+    def of(extra):
+        chosen = [r for r in requirements if r.marker and r.marker.evaluate({'extra': extra})]
+        return {r.name for r in chosen if 'mm' in r.name}
+
+    assert all(name.startswith('onedl-') for name in of('onedl')) and len(of('onedl')) == 4
+    assert of('mim') == {'mmengine', 'mmcv', 'mmsegmentation', 'mmpretrain'}
+    assert not of('tests') and not of('optional')
+
+
+def test_importing_the_package_loads_no_other_project():
+    code = (
+        'import sys, mdeq_mm;'
+        'print([m for m in ("mmseg", "mmpretrain", "mmdet", "sklearn") if m in sys.modules])'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == '[]'

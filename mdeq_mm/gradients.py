@@ -10,6 +10,8 @@ gradient                   v becomes                       cost, beyond one f an
 ImplicitGradient           (I - J')^-1 v to tol            max_iter vjp, solver memory
 TruncatedGradient          sum of the first k + 1 (J')^i v k vjp
 JacobianFreeGradient       v                               none
+SharedInverseGradient      -H'v, H the forward solver's    one pass over the solver's
+                           estimate of (J - I)^-1          history, kept until then
 PhantomGradient            v through k damped layers       k f and vjp, k graphs
 =========================  ==============================  ============================
 """
@@ -29,7 +31,13 @@ Report = Callable[[Solution], None]
 
 
 class Gradient:
-    """A way for a gradient to pass an equilibrium."""
+    """A way for a gradient to pass an equilibrium.
+
+    Attributes:
+        needs_state (bool): Whether the solution must carry the forward solver's final state.
+    """
+
+    needs_state = False
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
         """``f(z*)``, (N, D), differentiable in all that f depends on.
@@ -115,14 +123,15 @@ class TruncatedGradient(Gradient):
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
         z, out = _one_call(f, solution)
+        return _on_gradient(out, lambda v: _neumann(out, z, v, v, self.steps))
 
-        def change(v: Tensor) -> Tensor:
-            g = v
-            for _ in range(self.steps):
-                g = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
-            return g
 
-        return _on_gradient(out, change)
+def _neumann(out: Tensor, z: Tensor, v: Tensor, start: Tensor, steps: int) -> Tensor:
+    """``steps`` plain iterations of g = J'g + v from ``start``."""
+    g = start
+    for _ in range(steps):
+        g = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
+    return g
 
 
 @TASK_UTILS.register_module()
@@ -135,6 +144,46 @@ class JacobianFreeGradient(Gradient):
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
         return f(solution.z.detach())
+
+
+@TASK_UTILS.register_module()
+@checks_options
+class SharedInverseGradient(Gradient):
+    """Reuses the inverse Jacobian the forward quasi-Newton solver has learnt (SHINE).
+
+    The estimate is good along the directions the solver moved in, which are not those of v. A
+    sample on which it blows v up falls back to the Jacobian-free gradient. The forward solver has
+    to be ``LimitedMemoryBroyden`` or ``Anderson``.
+
+    Args:
+        steps (int): Plain iterations of g = J'g + v from the estimate, one vjp each.
+        max_growth (float): Fall back where the estimate is longer than this many times v.
+    """
+
+    needs_state = True
+
+    def __init__(self, steps: int = 0, max_growth: float = 1.3) -> None:
+        self.steps = check_int('SharedInverseGradient', 'steps', steps, minimum=0)
+        self.max_growth = check_number('SharedInverseGradient', 'max_growth', max_growth, low=0)
+
+    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+        if not hasattr(solution.state, 'inverse_transpose'):
+            raise TypeError(
+                'SharedInverseGradient needs a forward solver that learns the Jacobian: '
+                'LimitedMemoryBroyden or Anderson.'
+            )
+        z, out = _one_call(f, solution)
+        state = solution.state
+
+        def change(v: Tensor) -> Tensor:
+            g = -state.inverse_transpose(v)
+            length = torch.linalg.vector_norm(g, dim=1)
+            limit = self.max_growth * torch.linalg.vector_norm(v, dim=1)
+            # Written so that nan falls back, too.
+            g = torch.where((length <= limit)[:, None], g, v)
+            return _neumann(out, z, v, g, self.steps)
+
+        return _on_gradient(out, change)
 
 
 @TASK_UTILS.register_module()

@@ -104,7 +104,7 @@ class ImplicitLayer(nn.Module):
                     z = f(z)
                 return z
         with parametrize.cached():
-            solution = solve(f, z0, self.solver)
+            solution = solve(f, z0, self.solver, keep_state=self.gradient.needs_state)
         self.forward_stats = SolverStats.of(solution)
         # Weights cached without grad, by autocast too, would cut the parameters off.
         torch.clear_autocast_cache()

@@ -7,13 +7,16 @@ import weakref
 import pytest
 import torch
 
+from mdeq_mm.build import build_part
 from mdeq_mm.gradients import (
     ImplicitGradient,
     JacobianFreeGradient,
     PhantomGradient,
+    SharedInverseGradient,
     TruncatedGradient,
 )
 from mdeq_mm.implicit import ImplicitLayer
+from mdeq_mm.solvers import Solver, solve
 
 TIGHT = dict(type='LimitedMemoryBroyden', max_iter=200, tol=1e-13, memory=20)
 EXACT = dict(type='ImplicitGradient', solver=TIGHT)
@@ -95,6 +98,57 @@ def test_truncated_gradient_converges_to_the_exact_one(parts):
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
 
+def test_shared_inverse_is_exact_in_one_dimension():
+    """One pair tells Broyden all of the Jacobian of a scalar affine f."""
+    w = torch.tensor([[0.6]], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0], [-2.0]], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
+
+    def grads(gradient):
+        layer = ImplicitLayer(TIGHT, gradient)
+        return torch.autograd.grad(layer(lambda z: z @ w.T + x, torch.zeros_like(x)), (w, x), v)
+
+    got = grads(SharedInverseGradient(max_growth=10.0))
+    torch.testing.assert_close(got, grads(EXACT))
+    # g = v / (1 - w) is 2.5 v: beyond a smaller limit it falls back.
+    torch.testing.assert_close(grads(SharedInverseGradient(2)), grads(TruncatedGradient(2)))
+
+
+def test_shared_inverse_refines_to_the_exact_gradient(parts):
+    w, x, v = parts
+    refined = run(ImplicitLayer(TIGHT, SharedInverseGradient(steps=150)), w, x)
+    exact = run(ImplicitLayer(TIGHT, EXACT), w, x)
+    got, expected = (torch.autograd.grad(out, (w, x), v) for out in (refined, exact))
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_shared_inverse_falls_back_sample_by_sample(parts):
+    w, x, v = parts
+    solution = solve(
+        lambda z: torch.tanh(z @ w.T + x), torch.zeros_like(x), build_part(TIGHT, Solver), True
+    )
+    growth = solution.state.inverse_transpose(v).norm(dim=1) / v.norm(dim=1)
+    limit = growth.sort().values[1:3].mean().item()
+    outs = [
+        run(ImplicitLayer(TIGHT, gradient), w, x)
+        for gradient in (
+            SharedInverseGradient(max_growth=limit),
+            SharedInverseGradient(max_growth=100.0),
+            JacobianFreeGradient(),
+        )
+    ]
+    mixed, kept, fallen = (torch.autograd.grad(out, x, v)[0] for out in outs)
+    for i in range(len(x)):
+        torch.testing.assert_close(mixed[i], kept[i] if growth[i] < limit else fallen[i])
+
+
+def test_shared_inverse_needs_a_solver_that_learns(parts):
+    w, x, _ = parts
+    layer = ImplicitLayer(dict(type='FixedPointIteration'), SharedInverseGradient())
+    with pytest.raises(TypeError, match='LimitedMemoryBroyden or Anderson'):
+        run(layer, w, x)
+
+
 def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
     w, x, v = parts
     layer = ImplicitLayer(TIGHT, PhantomGradient(steps=3, damping=0.6))
@@ -107,7 +161,13 @@ def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
 
 @pytest.mark.parametrize(
     'gradient',
-    [ImplicitGradient(TIGHT), TruncatedGradient(), JacobianFreeGradient(), PhantomGradient()],
+    [
+        ImplicitGradient(TIGHT),
+        TruncatedGradient(),
+        JacobianFreeGradient(),
+        SharedInverseGradient(),
+        PhantomGradient(),
+    ],
     ids=lambda g: type(g).__name__,
 )
 def test_every_gradient_returns_the_equilibrium(parts, gradient):

@@ -1,5 +1,14 @@
 from .backbone import MDEQBackbone
 from .cell import MDEQCell
 from .fuse_neck import MDEQFuseNeck
+from .multitask import JointHead, PresentClasses
+from .neural_ode import NeuralODEBackbone
 
-__all__ = ['MDEQBackbone', 'MDEQCell', 'MDEQFuseNeck']
+__all__ = [
+    'JointHead',
+    'MDEQBackbone',
+    'MDEQCell',
+    'MDEQFuseNeck',
+    'NeuralODEBackbone',
+    'PresentClasses',
+]

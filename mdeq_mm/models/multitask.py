@@ -1,0 +1,142 @@
+"""One network, two tasks: segmentation and classification of the same images at once."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from mmcv.transforms import BaseTransform
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS, TRANSFORMS
+from mmengine.structures import BaseDataElement, PixelData
+from torch import Tensor
+
+from ..options import check_int, checks_options
+
+Config = Dict[str, Any]
+
+
+@MODELS.register_module()
+@checks_options
+class JointHead(BaseModule):
+    """A segmentation and a classification head of MM on the features of one backbone.
+
+    "Structurally different supervision flows through multiple heads" (paper, §3.2): both losses
+    are summed, so that one backward pass through the equilibrium serves both tasks.
+
+    It is the head of mmpretrain's ``ImageClassifier``, which hands features and data samples to
+    its head for losses and predictions alike. mmsegmentation's ``EncoderDecoder`` could train a
+    second task as an ``auxiliary_head``, but asks only its decode head for predictions, and that
+    for one map. Networks, losses, predictions and metrics stay those of the two projects: each
+    head reads its own labels in the sample, ``gt_sem_seg`` and ``gt_score`` or ``gt_label``, and
+    leaves its predictions there, where ``IoUMetric`` and the classification metrics look.
+
+    Images are predicted whole; a flip at test time is not undone.
+
+    Args:
+        seg (dict): A decode head of mmsegmentation.
+        cls (dict): A classification head of mmpretrain.
+        cls_neck (dict | list[dict], optional): What brings the features to the shape the
+            classification head wants. The segmentation head selects its own.
+        init_cfg (dict | list, optional): MM's initialization.
+    """
+
+    def __init__(
+        self,
+        seg: Config,
+        cls: Config,
+        cls_neck: Optional[Union[Config, List[Config]]] = None,
+        init_cfg: Optional[Union[Config, List[Config]]] = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        self.seg_head = MODELS.build(seg)
+        self.cls_neck = None if cls_neck is None else MODELS.build(cls_neck)
+        self.cls_head = MODELS.build(cls)
+
+    def _cls_features(self, features: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+        return features if self.cls_neck is None else self.cls_neck(features)
+
+    def forward(self, features: Tuple[Tensor, ...]) -> Tuple[Tensor, Tensor]:
+        """[(N, Ci, Hi, Wi)] -> logits of the maps (N, K, H, W), and of the images (N, L)."""
+        return self.seg_head(features), self.cls_head(self._cls_features(features))
+
+    def loss(
+        self, features: Tuple[Tensor, ...], data_samples: Sequence[BaseDataElement]
+    ) -> Dict[str, Tensor]:
+        """The losses of both tasks, named ``seg.*`` and ``cls.*``."""
+        seg = self.seg_head.loss(features, data_samples, dict())
+        cls = self.cls_head.loss(self._cls_features(features), data_samples)
+        return {
+            **{f'seg.{key}': value for key, value in seg.items()},
+            **{f'cls.{key}': value for key, value in cls.items()},
+        }
+
+    def predict(
+        self,
+        features: Tuple[Tensor, ...],
+        data_samples: Optional[Sequence[BaseDataElement]] = None,
+    ) -> Sequence[BaseDataElement]:
+        """Write ``pred_sem_seg``, ``pred_score`` and ``pred_label`` into the data samples.
+
+        Raises:
+            ValueError: Without data samples, which hold the size a map has to have.
+        """
+        if data_samples is None:
+            raise ValueError(
+                'JointHead.predict needs data_samples: their img_shape and ori_shape are the size '
+                "of the map. Take mode='tensor' for logits without them."
+            )
+        metas = [sample.metainfo for sample in data_samples]
+        maps = self.seg_head.predict(features, metas, dict())
+        images = self.cls_head.predict(self._cls_features(features))
+        for logits, meta, image, sample in zip(maps, metas, images, data_samples):
+            sample.set_data(
+                dict(
+                    pred_sem_seg=PixelData(data=self._label_map(logits, meta)),
+                    pred_score=image.pred_score,
+                    pred_label=image.pred_label,
+                )
+            )
+        return data_samples
+
+    def _label_map(self, logits: Tensor, meta: Dict[str, Any]) -> Tensor:
+        """(K, H, W) of the padded picture -> labels (1, H0, W0) of the picture as it was read."""
+        rows, columns = meta['img_shape'][:2]
+        logits = F.interpolate(
+            logits[None, :, :rows, :columns],
+            size=tuple(meta['ori_shape'][:2]),
+            mode='bilinear',
+            align_corners=self.seg_head.align_corners,
+        )
+        return logits.argmax(dim=1)
+
+
+@TRANSFORMS.register_module()
+@checks_options
+class PresentClasses(BaseTransform):
+    """Multi-label classification from segmentation: which classes does the map contain?
+
+    Stands after ``PackSegInputs`` and adds ``gt_score``, the field in which mmpretrain's
+    multi-label heads and metrics expect the answer, to its data sample. After every crop, so the
+    labels are those of what the network sees.
+
+    Args:
+        num_classes (int): Classes 0 to ``num_classes - 1`` count; the map's higher labels, say a
+            background in the last place, and 255 for void, do not.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = check_int(type(self).__name__, 'num_classes', num_classes, 1)
+
+    def transform(self, results: Dict[str, Any]) -> Dict[str, Any]:
+        """Add ``gt_score``, (num_classes,) of 0 and 1, to ``results['data_samples']``."""
+        sample = results.get('data_samples')
+        if sample is None or 'gt_sem_seg' not in sample:
+            raise ValueError(
+                'PresentClasses found no packed segmentation map. Put it after PackSegInputs, '
+                'with LoadAnnotations before that.'
+            )
+        labels = sample.gt_sem_seg.data
+        labels = labels[labels < self.num_classes].long()
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        sample.set_data(dict(gt_score=(counts > 0).float()))
+        return results

@@ -23,9 +23,7 @@ model = dict(
 max_iters = 3000
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=100, by_epoch=False),
-    dict(
-        type='CosineAnnealingLR', begin=100, end=max_iters, T_max=max_iters - 100, by_epoch=False
-    ),
+    dict(type='CosineAnnealingLR', begin=100, end=max_iters, T_max=max_iters - 100, by_epoch=False),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=500)
 default_hooks = dict(checkpoint=dict(interval=500))

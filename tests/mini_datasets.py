@@ -61,5 +61,5 @@ def write_class_folders(
             for index in range(count):
                 grey = 10 + 200 * target // num_classes
                 picture = grey + rng.integers(0, 20, (size, size))
-                cv2.imwrite(str(folder / f'{index}.png'), picture.astype(np.uint8))
+                cv2.imwrite(str(folder / f'{target}_{index}.png'), picture.astype(np.uint8))
     return root

@@ -2,7 +2,7 @@
 # labels 0 to 9 are the digits, 10 is the background. No flip: a mirrored digit is no digit.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digit_scenes'
-crop_size = (96, 96)
+crop_size = (64, 64)
 metainfo = dict(
     classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'background'),
     palette=[
@@ -56,7 +56,7 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=16,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -71,7 +71,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=8,
+    batch_size=25,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),

@@ -1,0 +1,412 @@
+"""tools/train.py and tools/test.py, from the command line and from Python."""
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from ..mini_datasets import write_cityscapes, write_class_folders
+
+REPO = Path(__file__).resolve().parents[2]
+TRAIN = [sys.executable, str(REPO / 'tools/train.py')]
+TEST = [sys.executable, str(REPO / 'tools/test.py')]
+
+TINY_BACKBONE = """
+    backbone=dict(
+        type='MDEQBackbone',
+        channels=(8, 8),
+        expansion=1,
+        norm_cfg=dict(type='GN', num_groups=4),
+        stem_norm_cfg=dict(type='{norm}'),
+        solver=dict(type='FixedPointIteration', max_iter=3, tol=1e-3),
+        gradient=dict(
+            type='ImplicitGradient',
+            solver=dict(type='FixedPointIteration', max_iter=3, tol=1e-3),
+        ),
+    ),
+"""
+SEGMENTOR = f"""
+_base_ = [
+    '{REPO}/configs/_base_/datasets/cityscapes_1024x512.py',
+    '{REPO}/configs/_base_/runtime_seg.py',
+]
+model = dict(
+    type='EncoderDecoder',
+    {TINY_BACKBONE.format(norm='SyncBN')}
+    decode_head=dict(
+        type='FCNHead',
+        in_channels=(8, 8),
+        in_index=(0, 1),
+        input_transform='resize_concat',
+        channels=16,
+        kernel_size=1,
+        num_convs=1,
+        concat_input=False,
+        num_classes=19,
+        norm_cfg=dict(type='SyncBN'),
+        loss_decode=dict(type='CrossEntropyLoss'),
+    ),
+    test_cfg=dict(mode='whole'),
+)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+param_scheduler = [dict(type='PolyLR', power=0.9, begin=0, end=4, by_epoch=False)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+auto_scale_lr = dict(enable=False, base_batch_size=12)
+"""
+CLASSIFIER = f"""
+_base_ = [
+    '{REPO}/configs/_base_/datasets/digits.py',
+    '{REPO}/configs/_base_/runtime_cls.py',
+]
+model = dict(
+    type='ImageClassifier',
+    {TINY_BACKBONE.format(norm='BN')}
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=10,
+        in_channels=8,
+        loss=dict(type='CrossEntropyLoss'),
+        topk=(1,),
+    ),
+)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+auto_scale_lr = dict(enable=False, base_batch_size=10)
+"""
+# Data loaders without processes of their own: nothing here is worth starting one.
+IN_PROCESS = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
+
+
+@pytest.fixture(scope='module')
+def cityscapes(tmp_path_factory):
+    return write_cityscapes(tmp_path_factory.mktemp('data') / 'cityscapes')
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_class_folders(tmp_path_factory.mktemp('data') / 'digits', dict(train=2, test=1))
+
+
+@pytest.fixture(scope='module')
+def seg_checkpoint(tmp_path_factory, cityscapes):
+    """Train the tiny segmentor for its two iterations, once for all tests that load it."""
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'seg.py').write_text(SEGMENTOR)
+    options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(32,64)', *IN_PROCESS]
+    run([*TRAIN, 'seg.py', '--no-validate', *options], folder)
+    return str(folder / 'work_dirs/seg/iter_2.pth')
+
+
+@pytest.fixture
+def tiny(tmp_path, cityscapes, digits, monkeypatch):
+    """Give a folder with the two tiny configs in it, and be there."""
+    (tmp_path / 'seg.py').write_text(SEGMENTOR)
+    (tmp_path / 'cls.py').write_text(CLASSIFIER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def seg_options(cityscapes):
+    return ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(32,64)', *IN_PROCESS]
+
+
+@pytest.fixture
+def cls_options(digits):
+    return ['--cfg-options', f'data_root={digits}', *IN_PROCESS]
+
+
+def run(command, cwd, expect=0):
+    """Run a command as a user does; return all it printed."""
+    env = {**os.environ, 'PYTHONPATH': str(REPO), 'PYTHON': sys.executable}
+    # The maps here are tiny: waking a second thread costs more than it saves.
+    env['OMP_NUM_THREADS'] = '1'
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == expect, done.stdout[-4000:]
+    return done.stdout
+
+
+def logged(work_dir, key):
+    """Read what a run wrote into its scalars under a name."""
+    lines = []
+    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        lines += [json.loads(line) for line in path.read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def test_large_cityscapes_end_to_end(tmp_path):
+    """The config itself: only the data's place, the crop and the iterations are other ones."""
+    cityscapes = write_cityscapes(tmp_path / 'cityscapes', num_val=1)
+    config = REPO / 'configs/mdeq_large_cityscapes.py'
+    options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(64,128)']
+    counts = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    work_dir = tmp_path / 'train'
+    run([*TRAIN, config, '--work-dir', work_dir, *options, *counts], tmp_path)
+    assert 0 <= logged(work_dir, 'mIoU')[-1] <= 100
+    checkpoint = work_dir / 'iter_2.pth'
+    assert checkpoint.is_file()
+
+    out = run([*TEST, config, checkpoint, '--work-dir', tmp_path / 'test', *options], tmp_path)
+    assert 0 <= float(re.findall(r'mIoU: (\S+)', out)[-1]) <= 100
+
+
+def test_demo_trains_evaluates_and_paints(tmp_path):
+    options = [
+        '--cfg-options',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'train_dataloader.batch_size=2',
+        'model.backbone.solver.max_iter=2',
+        'val_dataloader.dataset.indices=8',
+        *IN_PROCESS,
+    ]
+    out = run([sys.executable, REPO / 'tools/demo.py', *options], tmp_path)
+    assert re.search(r'^mIoU on 8 validation scenes: \d+\.\d$', out, re.MULTILINE)
+    path = out.splitlines()[-1].split(': ')[1]
+    assert path == 'work_dirs/mdeq_demo_digit_scenes/demo.png'
+    picture = cv2.imread(str(tmp_path / path))
+    # More than one colour: something was painted.
+    assert picture is not None and picture.std() > 10
+
+
+def test_resume_goes_on_where_the_checkpoint_ends(load_tool, tiny, seg_options):
+    train = load_tool('train')
+    first = train.main(['seg.py', *seg_options])
+    assert first.iter == 2 and first.work_dir == str(tiny / 'work_dirs/seg')
+    before = first.model.state_dict()['decode_head.conv_seg.weight'].clone()
+
+    resumed = train.main(['seg.py', '--resume', *seg_options])
+    after = resumed.model.state_dict()['decode_head.conv_seg.weight']
+    assert resumed.iter == 2
+    assert torch.equal(before, after)
+
+    checkpoint = 'work_dirs/seg/iter_2.pth'
+    longer = [*seg_options, 'train_cfg.max_iters=3']
+    third = train.main(['seg.py', '--resume', checkpoint, '--work-dir', 'more', *longer])
+    assert third.iter == 3
+    assert (tiny / 'more/iter_3.pth').is_file() and not (tiny / 'more/iter_1.pth').exists()
+
+
+def test_sync_bn_runs_as_bn_on_one_process(load_tool, tiny, seg_options):
+    runner = load_tool('train').main(['seg.py', '--no-validate', *seg_options])
+    kinds = {type(m) for m in runner.model.modules()}
+    assert torch.nn.SyncBatchNorm not in kinds
+    assert runner.cfg.model.backbone.stem_norm_cfg.type == 'SyncBN'
+
+
+def test_no_validate_neither_validates_nor_wants_validation_data(
+    load_tool, tiny, tmp_path_factory, seg_options
+):
+    root = write_cityscapes(tmp_path_factory.mktemp('half') / 'cityscapes')
+    (root / 'leftImg8bit/val').rename(root / 'elsewhere')
+    options = [*seg_options, f'data_root={root}']
+    runner = load_tool('train').main(['seg.py', '--no-validate', *options])
+    assert runner.iter == 2
+    assert logged(runner.work_dir, 'mIoU') == []
+
+
+def test_segmentation_outputs(tiny, seg_options, seg_checkpoint):
+    flags = ['--out', 'maps', '--show-dir', 'shown', '--work-dir', 'test']
+    # A process of its own: mmengine keeps one visualizer for each process, with the first folder.
+    run([*TEST, 'seg.py', seg_checkpoint, *flags, *seg_options], tiny)
+    maps = sorted((tiny / 'maps').glob('*.png'))
+    assert [p.name for p in maps] == [f'lindau_{i:06d}_000019_leftImg8bit.png' for i in range(2)]
+    predicted = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
+    assert predicted.shape == (64, 128) and predicted.max() < 19
+    painted = list((tiny / 'shown').rglob('*.png'))
+    assert len(painted) == 2
+
+
+def test_tta_averages_over_scales_and_flips(load_tool, tiny, seg_options, seg_checkpoint):
+    runner, _ = load_tool('test').main(['seg.py', seg_checkpoint, '--tta', *seg_options])
+    assert type(runner.model).__name__ == 'SegTTAModel'
+    views = runner.test_dataloader.dataset[0]['inputs']
+    assert len(views) == 12 and len({v.shape for v in views}) == 6
+
+
+def test_classification_outputs(load_tool, tiny, cls_options):
+    train, test = load_tool('train'), load_tool('test')
+    runner = train.main(['cls.py', '--auto-scale-lr', *cls_options])
+    # 20 pictures at 32 a batch, the rate of 10 a batch.
+    assert runner.optim_wrapper.get_lr()['lr'][0] == pytest.approx(0.032)
+    checkpoint = 'work_dirs/cls/epoch_1.pth'
+    _, plain = test.main(['cls.py', checkpoint, '--out', 'pred.pkl', *cls_options])
+    predictions = pickle.loads((tiny / 'pred.pkl').read_bytes())
+    hits = [int(p['pred_label']) == int(p['gt_label']) for p in predictions]
+    assert len(hits) == 10
+    assert plain['accuracy/top1'] == pytest.approx(100 * np.mean(hits))
+
+    flags = ['--out', 'm.json', '--out-item', 'metrics', '--tta']
+    runner, metrics = test.main(['cls.py', checkpoint, *flags, *cls_options])
+    assert json.loads((tiny / 'm.json').read_text()) == metrics
+    assert type(runner.model).__name__ == 'AverageClsScoreTTA'
+    test.main(['cls.py', checkpoint, '--show-dir', 'shown', '--interval', '5', *cls_options])
+    assert len(list((tiny / 'shown').iterdir())) == 2
+
+
+def test_options_win_over_flags_and_reach_what_was_made_from_them(load_tool, tiny, seg_options):
+    train = load_tool('train')
+    args = train.parse_args(
+        [
+            'seg.py',
+            '--work-dir',
+            'flag',
+            *seg_options,
+            'work_dir=option',
+            'train_dataloader.batch_size=2',
+            'model.backbone.solver.max_iter=7',
+            'model.decode_head.norm_cfg.type=BN',
+        ]
+    )
+    cfg = train.prepare(args)
+    assert cfg.work_dir == 'option'
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.model.backbone.solver.max_iter == 7
+    assert cfg.model.decode_head.norm_cfg.type == 'BN'
+    assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (32, 64)
+    assert cfg.data_preprocessor['size'] == (32, 64)
+    roots = {cfg[f'{s}_dataloader'].dataset.data_root for s in ('train', 'val', 'test')}
+    assert len(roots) == 1 and roots != {'data/cityscapes/'}
+
+
+def test_an_option_for_one_place_wins_over_the_shared_name(load_tool, tiny, seg_options):
+    train = load_tool('train')
+    own = 'train_dataloader.dataset.pipeline.3.crop_size=(16,16)'
+    cfg = train.prepare(train.parse_args(['seg.py', *seg_options, own]))
+    assert tuple(cfg.train_dataloader.dataset.pipeline[3].crop_size) == (16, 16)
+    assert cfg.data_preprocessor['size'] == (32, 64)
+
+
+def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(
+    load_tool, tiny, seg_options, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    train = load_tool('train')
+    cfg = train.prepare(train.parse_args(['seg.py', '--launcher', 'pytorch', *seg_options]))
+    assert cfg.env_cfg.dist_cfg.backend == 'gloo'
+    assert cfg.model.backbone.stem_norm_cfg.type == 'BN'
+    assert cfg.model.decode_head.norm_cfg.type == 'BN'
+    with pytest.raises(ValueError, match='--launcher slurm without a GPU'):
+        train.prepare(train.parse_args(['seg.py', '--launcher', 'slurm', *seg_options]))
+
+
+def test_two_processes_on_cpus(tiny, seg_options, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        monkeypatch.setenv('PORT', str(free.getsockname()[1]))
+    script = REPO / 'tools/dist_train.sh'
+    run([script, 'seg.py', 2, '--work-dir', 'folder with blanks', *seg_options], tiny)
+    checkpoint = tiny / 'folder with blanks/iter_2.pth'
+    assert checkpoint.is_file()
+    out = run([REPO / 'tools/dist_test.sh', 'seg.py', checkpoint, 2, *seg_options], tiny)
+    assert re.search(r'Iter\(test\) \[1/1\]', out), out[-2000:]
+
+
+@pytest.mark.parametrize(
+    'command, message',
+    [
+        ([*TRAIN, 'none.py'], 'train.py: config none.py does not exist'),
+        ([*TEST, 'seg.py', 'none.pth'], 'test.py: checkpoint none.pth does not exist'),
+    ],
+)
+def test_a_missing_file_is_one_line_and_an_error(tiny, command, message):
+    out = run(command, tiny, expect=1)
+    assert out.splitlines()[-1] == message
+    assert 'Traceback' not in out
+
+
+@pytest.mark.parametrize('missing', ['', 'leftImg8bit/val', 'gtFine/train'])
+def test_missing_data_are_named_before_anything_is_built(
+    load_tool, tiny, tmp_path_factory, missing
+):
+    root = write_cityscapes(tmp_path_factory.mktemp('lacking') / 'cityscapes')
+    (root / missing).rename(root.parent / 'moved')
+    train = load_tool('train')
+    with pytest.raises(SystemExit, match='wants the folder') as error:
+        train.main(['seg.py', '--cfg-options', f'data_root={root}'])
+    assert str(root / missing) in str(error.value) and 'README' in str(error.value)
+    assert not (tiny / 'work_dirs').exists()
+
+
+def test_data_sets_that_fetch_themselves_are_not_wanted_beforehand(load_tool, tiny):
+    common = load_tool('_common')
+    cfg = Config.fromfile(REPO / 'configs/_base_/datasets/cifar10.py')
+    cfg.default_scope = 'mmpretrain'
+    common.check_data(cfg, common.DATALOADERS)
+    cfg.test_dataloader.dataset.download = False
+    with pytest.raises(FileNotFoundError, match='test_dataloader wants the folder data/cifar10'):
+        common.check_data(cfg, common.DATALOADERS)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(load_tool, tiny, seg_options):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tiny / 'executed'),)
+
+    torch.save(dict(state_dict=Payload()), tiny / 'evil.pth')
+    for argv, tool in (
+        (['seg.py', 'evil.pth'], 'test'),
+        (['seg.py', '--resume', 'evil.pth'], 'train'),
+    ):
+        with pytest.raises(SystemExit, match='evil.pth'):
+            load_tool(tool).main([*argv, *seg_options])
+    assert not (tiny / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+    'config, flags, message',
+    [
+        ('seg.py', ['--out', 'x', '--out-item', 'pred'], '--out-item'),
+        ('cls.py', ['--out', 'x.txt'], 'x.txt: want a file ending in .pkl'),
+        ('cls.py', ['--show-dir', 'x', '--tta'], 'cannot paint with --tta'),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(load_tool, tiny, config, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        load_tool('test').main([config, 'none.pth', *flags])
+
+
+def test_outputs_of_another_scope_are_refused(load_tool, tiny):
+    (tiny / 'det.py').write_text("default_scope = 'mmdet'")
+    with pytest.raises(SystemExit, match="--out: known for .* has 'mmdet'"):
+        load_tool('test').main(['det.py', 'none.pth', '--out', 'x.pkl'])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_amp_says_that_it_needs_a_gpu(load_tool, tiny):
+    with pytest.raises(SystemExit, match='--amp needs a GPU'):
+        load_tool('train').main(['seg.py', '--amp'])
+
+
+def test_amp_exchanges_the_optimizer_wrapper(load_tool, tiny, seg_options, monkeypatch):
+    train = load_tool('train')
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
+    cfg = train.prepare(train.parse_args(['seg.py', '--amp', *seg_options]))
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    (tiny / 'seg.py').write_text(SEGMENTOR.replace("'OptimWrapper'", "'OtherWrapper'"))
+    with pytest.raises(ValueError, match='OtherWrapper'):
+        train.prepare(train.parse_args(['seg.py', '--amp', *seg_options]))

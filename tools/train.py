@@ -1,0 +1,122 @@
+"""Train a model from a config of mmsegmentation or mmpretrain."""
+
+import argparse
+
+from _common import (
+    add_shared_arguments,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    fit_to_machine,
+    leave_process_group,
+    load_config,
+    merge_options,
+    one_line_errors,
+    set_dataloader_defaults,
+)
+from mmengine.config import Config
+from mmengine.device import is_cuda_available
+from mmengine.runner import Runner, find_latest_checkpoint
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or without a value from the latest in the work_dir',
+    )
+    parser.add_argument('--no-validate', action='store_true', help='train without validation')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate with the batch size, from the config's auto_scale_lr",
+    )
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='turn off persistent_workers of the data loaders',
+    )
+    add_shared_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def enable_amp(cfg: Config) -> None:
+    """Exchange the optimizer wrapper for the one of mixed precision.
+
+    Raises:
+        ValueError: If the machine or the config's wrapper does not allow it.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise ValueError(
+            f'--amp replaces an OptimWrapper, but the config has {kind}; set mixed precision '
+            'in its optim_wrapper instead'
+        )
+    if not is_cuda_available():
+        raise ValueError('--amp needs a GPU and there is none; leave the flag out')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Write the flags into the config, then ``--cfg-options`` over them."""
+    if args.amp:
+        enable_amp(cfg)
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise ValueError(
+                f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size; add it'
+            )
+        cfg.auto_scale_lr.enable = True
+    set_dataloader_defaults(cfg, args)
+    merge_options(cfg, args.cfg_options)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+
+
+def prepare(args: argparse.Namespace) -> Config:
+    """Make the config ready and check every file it names.
+
+    Raises:
+        FileNotFoundError: If the config, a checkpoint or a data set is missing.
+        ValueError: If a flag does not fit the config.
+    """
+    cfg = load_config(args)
+    apply_flags(cfg, args)
+    fit_to_machine(cfg)
+    checkpoint = cfg.get('load_from')
+    if cfg.get('resume') and checkpoint is None:
+        checkpoint = find_latest_checkpoint(cfg.work_dir)
+    check_checkpoint(checkpoint)
+    check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    return cfg
+
+
+def main(argv: list[str] | None = None) -> Runner:
+    """Train.
+
+    Args:
+        argv: The command line; the process's own by default.
+
+    Returns:
+        The Runner after training.
+    """
+    args = parse_args(argv)
+    with one_line_errors('train.py'):
+        cfg = prepare(args)
+    runner = build_runner(cfg)
+    runner.train()
+    leave_process_group()
+    return runner
+
+
+if __name__ == '__main__':
+    main()

@@ -203,7 +203,7 @@ def _check_dataset(name: str, dataset: dict) -> None:
     for path in (root, *(os.path.join(root, prefix or '') for prefix in prefixes)):
         if not os.path.isdir(path):
             raise FileNotFoundError(
-                f'{name} wants the folder {path}, which does not exist. See "Data" in README.md '
+                f'{name} wants the folder {path}, which does not exist. See "Train and evaluate" in README.md '
                 'for how to make it, or name yours by --cfg-options data_root=FOLDER'
             )
 

@@ -106,7 +106,9 @@ def set_map_folder(cfg: Config, folder: str) -> None:
     evaluators = cfg.test_evaluator
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     for evaluator in evaluators:
-        evaluator.output_dir = folder
+        # Another metric beside it, say of a second task, has no maps to write.
+        if evaluator.type.endswith('IoUMetric'):
+            evaluator.output_dir = folder
 
 
 def set_tta(cfg: Config) -> None:

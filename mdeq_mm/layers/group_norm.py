@@ -45,7 +45,8 @@ class MDEQGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        # The meta device of shape and FLOP counters knows no autocast.
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return super().forward(x)
         with torch.autocast(device, enabled=False):
             weight, bias = self.weight, self.bias

@@ -2,7 +2,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -21,12 +20,3 @@ def load_tool(monkeypatch):
         return module
 
     return load
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps here are tiny: waking a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

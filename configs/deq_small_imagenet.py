@@ -1,0 +1,11 @@
+# Single-stream DEQ + global pool on ImageNet (paper, Table 2): one scale, a quarter of the image.
+# 17,990,888 parameters; the paper's 18M. All of them work at the highest resolution, so a call of
+# f costs 28 times the multiplications of one of MDEQ-small.
+_base_ = ['./mdeq_small_imagenet.py']
+model = dict(
+    backbone=dict(channels=(352,)),
+    neck=[
+        dict(type='MDEQFuseNeck', in_channels=(352,), head_channels=(256,), out_channels=2048),
+        dict(type='GlobalAveragePooling'),
+    ],
+)

@@ -11,5 +11,6 @@ from .version import __version__
 check_stack()
 
 from . import hooks, layers, models  # noqa: E402, F401
+from .model_index import register_models  # noqa: E402
 
-__all__ = ['__version__']
+__all__ = ['__version__', 'register_models']

@@ -1,6 +1,5 @@
 """Supervision at several scales, and two tasks on one equilibrium (paper, §3.2)."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -31,19 +30,6 @@ def mmseg_scope():
     init_default_scope('mmseg')
     with DefaultScope.overwrite_default_scope('mmseg'):
         yield mmseg
-
-
-@pytest.fixture
-def load_tool(monkeypatch):
-    def load(name):
-        path = ROOT / 'tools' / f'{name}.py'
-        monkeypatch.syspath_prepend(str(path.parent))
-        spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def fcn_head(in_index, weight=1.0, **kwargs):
@@ -187,11 +173,9 @@ def test_joint_head_wants_samples_to_predict(mmseg_scope):
         model(torch.randn(1, 3, 32, 32), mode='predict')
 
 
-def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path, monkeypatch):
+def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path):
     pytest.importorskip('mmseg')
     pytest.importorskip('mmpretrain')
-    # mmengine beautifies the config whenever it writes it down: most of the time of a short run.
-    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
     scenes = tmp_path / 'digit_scenes'
     load_tool('dataset_converters/digit_scenes').build(scenes, num_train=8, num_val=4, size=64)
     options = [

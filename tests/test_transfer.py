@@ -1,6 +1,5 @@
 """ImageNet -> Cityscapes: the segmentor starts from the classifier's backbone (paper, §4.3)."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -16,12 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def train(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    spec = importlib.util.spec_from_file_location('tool_train', ROOT / 'tools/train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def train(load_tool):
+    return load_tool('train')
 
 
 def build(cfg):

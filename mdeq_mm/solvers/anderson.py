@@ -1,5 +1,6 @@
 """Anderson acceleration of the fixed-point iteration."""
 
+import torch
 from torch import Tensor
 
 from ..options import check_number, checks_options
@@ -38,15 +39,13 @@ class Anderson(SecantSolver):
     def mixing(self) -> float:
         return self.damping
 
-    @staticmethod
-    def test_vector(s: Tensor, y: Tensor) -> Tensor:
-        return y
+    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
+        torch.sub(g, last_g, out=test)
+        torch.add(s, test, alpha=self.mixing, out=image)
 
-    def _update_matrix(
-        self, state: SecantState, slot: int, projection: Tensor, scale: Tensor
-    ) -> None:
+    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
         used = state.used
         products = _project(state.tests[:, :used], state.tests[:, slot])
-        products[:, slot] = 1 + self.ridge
+        products[:, slot] *= 1 + self.ridge
         state.matrix[:, slot, :used] = products
         state.matrix[:, :used, slot] = products

@@ -86,8 +86,8 @@ class Solver:
 
         Args:
             state: What :meth:`init` returned; updated in place.
-            g (Tensor): (N, D) the function value ``f(z) - z`` at the current iterate. It is the
-                solver's to keep, not to change.
+            g (Tensor): (N, D) the function value ``f(z) - z`` at the current iterate. The solver
+                may keep it until the next step, and must not change it.
             last_step (Tensor): (N, D) the displacement that led to the current iterate, zero
                 for a sample that is frozen. None at the first step.
 
@@ -175,22 +175,25 @@ def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> 
     if z0.dim() != 2 or not z0.is_floating_point():
         raise ValueError(f'z0 must be a floating (N, D) tensor, got {z0.dtype} {tuple(z0.shape)}.')
     z = z0 = z0.detach()
-    record, state, step, spare = _Record(z0, solver.tol), solver.init(z0), None, None
+    record, state, step = _Record(z0, solver.tol), solver.init(z0), None
+    # Large buffers are made once and used in turn: fresh memory costs more than the arithmetic.
+    # The solver keeps one g while the next is written.
+    g_buffers = (torch.empty_like(z0), torch.empty_like(z0))
     for evaluation in range(1, solver.max_iter + 1):
         fz = f(z)
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
-        g = fz - z
+        g = torch.sub(fz, z, out=g_buffers[evaluation % 2])
         norm_g = torch.linalg.vector_norm(g, dim=1)
         norm_f = torch.linalg.vector_norm(fz, dim=1, dtype=g.dtype)
         improved, all_improved, done = record.update(norm_g, norm_f)
         del fz
-        # Where every sample improved, the iterate itself becomes the best one and the buffer of
-        # the former best takes the next iterate: no copy. z0 belongs to the caller, hence spare.
         if all_improved:
-            spare, record.best = (None if record.best is z0 else record.best), z
-        elif record.best is not z:
-            record.best = torch.where(improved[:, None], z, record.best)
+            record.best, free = z, record.best
+        else:
+            best = record.best if record.best is not z0 else torch.empty_like(z0)
+            torch.where(improved[:, None], z, record.best, out=best)
+            record.best, free = best, z
         if done or evaluation == solver.max_iter:
             break
         # Autocast is for f: the solver's own products stay in the precision of its state.
@@ -198,8 +201,8 @@ def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> 
             step = solver.step(state, g, step)
         if not record.all_active:
             step = step.masked_fill(~record.active[:, None], 0)
-        z = torch.add(z, step, out=spare) if spare is not None else z + step
-        spare = None
+        # The start belongs to the caller.
+        z = z + step if free is z0 else torch.add(z, step, out=free)
     return Solution(
         z=record.best,
         residual=record.residual,

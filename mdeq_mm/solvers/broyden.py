@@ -27,18 +27,14 @@ class LimitedMemoryBroyden(SecantSolver):
     def __init__(self, max_iter: int = 30, tol: float = 1e-3, memory: int = 10) -> None:
         super().__init__(max_iter, tol, memory)
 
-    @staticmethod
-    def test_vector(s: Tensor, y: Tensor) -> Tensor:
-        return s
+    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
+        test.copy_(s)
+        torch.sub(g, last_g, out=image).add_(s)
 
-    def _update_matrix(
-        self, state: SecantState, slot: int, projection: Tensor, scale: Tensor
-    ) -> None:
+    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
         used, test = state.used, state.tests[:, slot]
         before = state.projection[:, :used].clone()
         before[:, slot] = torch.linalg.vecdot(test, state.g)
+        # S'y in the column; in the row s'w, whose own entry the column then overwrites.
         state.matrix[:, slot, :used] = _project(state.images[:, :used], test)
-        column = (projection - before) * scale
-        # A pair that stores nothing keeps a unit diagonal: its weight is then zero.
-        column[:, slot] += (scale == 0).squeeze(1)
-        state.matrix[:, :used, slot] = column
+        state.matrix[:, :used, slot] = projection - before

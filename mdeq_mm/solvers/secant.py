@@ -24,18 +24,22 @@ class SecantState:
     """History of a solve; slots are reused in turn once ``memory`` of them are full.
 
     Attributes:
-        tests: (N, m, D) test vectors, each scaled to unit length.
-        images: (N, m, D) the w of the same steps, scaled by the same factor.
-        matrix: (N, m, m) the small system M; the identity where nothing is stored.
+        tests: (N, m, D) test vectors.
+        images: (N, m, D) the w of the same steps.
+        norms: (N, m) lengths of the test vectors, 0 where a sample did not move.
+        matrix: (N, m, m) the small system M.
         projection: (N, m) ``T' g`` at the previous iterate.
+        step: (N, D) where steps are written.
         g: (N, D) value at the previous iterate.
         count: Steps seen so far.
     """
 
     tests: Tensor
     images: Tensor
+    norms: Tensor
     matrix: Tensor
     projection: Tensor
+    step: Tensor
     g: Optional[Tensor] = None
     count: int = 0
 
@@ -43,6 +47,27 @@ class SecantState:
     def used(self) -> int:
         """Number of slots filled."""
         return min(self.count, self.tests.shape[1])
+
+    def weights(self, rhs: Tensor, transpose: bool = False) -> Tensor:
+        """(N, used), (N, used): the solution of M c = rhs, or of M' c = rhs.
+
+        Lengths of the steps differ by orders of magnitude, so the system is solved for unit test
+        vectors, on which the methods do not depend. A sample that did not move has zeros in its
+        row and column; a one on the diagonal gives that pair no weight. A singular system gives
+        no weight to any: the sample takes the plain step, and its batch-mates do not notice.
+        """
+        used = self.used
+        scale = self.norms[:, :used].reciprocal()
+        # Also where a length over- or underflows.
+        scale = torch.where(torch.isfinite(scale), scale, 0.0)
+        matrix = scale[:, :, None] * self.matrix[:, :used, :used] * scale[:, None, :]
+        matrix = matrix + torch.diag_embed((scale == 0).to(matrix.dtype))
+        if transpose:
+            matrix = matrix.mT
+        weights, _ = torch.linalg.solve_ex(matrix, (scale * rhs)[:, :, None], check_errors=False)
+        weights = scale * weights.squeeze(2)
+        good = torch.isfinite(weights).all(dim=1, keepdim=True)
+        return torch.where(good, weights, 0.0)
 
     def inverse_transpose(self, v: Tensor) -> Tensor:
         """(N, D) the final inverse Jacobian estimate of g, transposed, applied to ``v``.
@@ -52,10 +77,8 @@ class SecantState:
         used = self.used
         if not used:
             return -v
-        small = _small_solve(
-            self.matrix[:, :used, :used].mT, _project(self.images[:, :used], v.to(self.images))
-        )
-        return _combine(self.tests[:, :used], small).sub_(v)
+        weights = self.weights(_project(self.images[:, :used], v), transpose=True)
+        return torch.bmm(weights.unsqueeze(1), self.tests[:, :used]).squeeze(1) - v
 
 
 def _project(basis: Tensor, v: Tensor) -> Tensor:
@@ -65,22 +88,6 @@ def _project(basis: Tensor, v: Tensor) -> Tensor:
     times faster than with the vector on the right.
     """
     return torch.bmm(v.unsqueeze(1), basis.mT).squeeze(1)
-
-
-def _combine(basis: Tensor, weights: Tensor) -> Tensor:
-    """(N, k, D), (N, k) -> (N, D) linear combination."""
-    return torch.bmm(weights.unsqueeze(1), basis).squeeze(1)
-
-
-def _small_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """(N, k, k), (N, k) -> (N, k); a sample whose system is singular gets zeros.
-
-    Zero weights make that sample's step the plain one, and leave its batch-mates alone.
-    """
-    weights, _ = torch.linalg.solve_ex(matrix, rhs.unsqueeze(2), check_errors=False)
-    weights = weights.squeeze(2)
-    good = torch.isfinite(weights).all(dim=1, keepdim=True)
-    return torch.where(good, weights, torch.zeros_like(weights))
 
 
 class SecantSolver(Solver):
@@ -103,51 +110,47 @@ class SecantSolver(Solver):
         return SecantState(
             tests=z0.new_empty(n, m, d),
             images=z0.new_empty(n, m, d),
-            matrix=torch.eye(m, dtype=z0.dtype, device=z0.device).repeat(n, 1, 1),
+            norms=z0.new_zeros(n, m),
+            matrix=z0.new_zeros(n, m, m),
             projection=z0.new_zeros(n, m),
+            step=torch.empty_like(z0),
         )
 
     def step(self, state: SecantState, g: Tensor, last_step: Optional[Tensor]) -> Tensor:
         if last_step is None:
             state.g = g
-            return g if self.mixing == 1 else self.mixing * g
+            return torch.mul(g, self.mixing, out=state.step)
         slot = state.count % state.tests.shape[1]
         state.count += 1
-        scale = self._remember(state, slot, last_step, g - state.g)
-        tests, images = state.tests[:, : state.used], state.images[:, : state.used]
-        projection = _project(tests, g)
-        self._update_matrix(state, slot, projection, scale)
-        state.projection[:, : state.used] = projection
+        used = state.used
+        self.remember(state.tests[:, slot], state.images[:, slot], last_step, g, state.g)
+        torch.linalg.vector_norm(state.tests[:, slot], dim=1, out=state.norms[:, slot])
+        projection = _project(state.tests[:, :used], g)
+        self.update_matrix(state, slot, projection)
+        state.projection[:, :used] = projection
         state.g = g
-        weights = _small_solve(state.matrix[:, : state.used, : state.used], projection)
+        weights = state.weights(projection)
         return torch.baddbmm(
-            g.unsqueeze(1), weights.unsqueeze(1), images, beta=self.mixing, alpha=-1
+            g.unsqueeze(1),
+            weights.unsqueeze(1),
+            state.images[:, :used],
+            beta=self.mixing,
+            alpha=-1,
+            out=state.step.unsqueeze(1),
         ).squeeze(1)
 
-    def _remember(self, state: SecantState, slot: int, s: Tensor, y: Tensor) -> Tensor:
-        """Store the pair of the last step; (N, 1) the factor that scaled it.
+    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
+        """Write the pair of the last step, s and y = g - last_g, into its slot; all (N, D).
 
-        The methods do not feel a common factor on s and y; unit test vectors keep the small
-        system well scaled while the steps shrink by orders of magnitude. A sample that did not
-        move (frozen, or stalled to the last bit) stores zeros and so teaches nothing.
+        Args:
+            test (Tensor): Gets the test vector.
+            image (Tensor): Gets ``s + mixing y``.
+            s (Tensor): The step, zero for a sample that is frozen.
+            g (Tensor): Value after the step.
+            last_g (Tensor): Value before it.
         """
-        test = self.test_vector(s, y)
-        norm = torch.linalg.vector_norm(test, dim=1, keepdim=True)
-        scale = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        # An overflow here (a norm of inf, or one so small that its inverse is inf) likewise.
-        scale = torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
-        torch.mul(test, scale, out=state.tests[:, slot])
-        torch.add(s, y, alpha=self.mixing, out=state.images[:, slot])
-        state.images[:, slot] *= scale
-        return scale
-
-    def _update_matrix(
-        self, state: SecantState, slot: int, projection: Tensor, scale: Tensor
-    ) -> None:
-        """Renew row and column ``slot`` of the small system."""
         raise NotImplementedError
 
-    @staticmethod
-    def test_vector(s: Tensor, y: Tensor) -> Tensor:
-        """What the method tests g with: s or y, (N, D)."""
+    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
+        """Renew row and column ``slot`` of the small system; ``projection`` is ``T' g``."""
         raise NotImplementedError

@@ -111,11 +111,12 @@ def backbone(device: str, nfe: int = 24, solver: str = 'LimitedMemoryBroyden', *
         parts['memory'] = 10
     options.setdefault('gradient', dict(type='ImplicitGradient', solver=parts))
     torch.manual_seed(0)
-    return MDEQBackbone(solver=parts, **options).to(device).train()
+    return MDEQBackbone(solver=parts, **options).to(device)
 
 
 def train_step(net: nn.Module, x: Tensor, autocast: Optional[torch.dtype] = None) -> Step:
     """Forward and backward of a network on random targets."""
+    net.train()
     generator = torch.Generator(x.device).manual_seed(0)
     directions: List[Tensor] = []
 
@@ -230,7 +231,7 @@ def _resnet101(device: str) -> nn.Module:
     import mmpretrain.models  # noqa: F401
 
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        return MODELS.build(dict(type='ResNet_CIFAR', depth=101)).to(device).train()
+        return MODELS.build(dict(type='ResNet_CIFAR', depth=101)).to(device)
 
 
 def suite_step(args: argparse.Namespace) -> Dict[str, Any]:
@@ -311,7 +312,7 @@ def _peak_in_child(queue: Any, args: argparse.Namespace, name: str) -> None:
     """Peak of one training step in a fresh process, whose allocator holds nothing back."""
     x = torch.randn(1, 3, *args.crop, device=args.device)
     if name == 'HRNet-W18 (mmseg)':
-        net = _hrnet().to(args.device).train()
+        net = _hrnet().to(args.device)
     else:
         net = backbone(args.device, int(name.split()[-1]), **SMALL)
     step = train_step(net, x)

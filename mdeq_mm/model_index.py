@@ -1,0 +1,37 @@
+"""Makes mmpretrain's model hub know the classification models of this project."""
+
+from pathlib import Path
+
+
+def config_root() -> Path:
+    """The folder that holds ``configs/``: in a wheel ``mdeq_mm/.mim``, else the repository.
+
+    Raises:
+        FileNotFoundError: If neither has the metafile.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package / '.mim', package.parent):
+        if (root / 'configs' / 'metafile.yml').is_file():
+            return root
+    raise FileNotFoundError(
+        f'no configs/metafile.yml in {package / ".mim"} or {package.parent}: install mdeq_mm from '
+        'its repository, by "pip install ." or "pip install -e ."'
+    )
+
+
+def register_models() -> None:
+    """Add the models to ``mmpretrain.list_models`` and ``mmpretrain.get_model``.
+
+    A name is that of its config, ``mdeq_small_imagenet`` for ``configs/mdeq_small_imagenet.py``.
+    No weights come with it: give ``get_model(name, pretrained=CHECKPOINT)`` your own. Calling it
+    again changes nothing.
+
+    Raises:
+        ModuleNotFoundError: If mmpretrain is not installed.
+    """
+    # Only here: the package itself depends on neither mmpretrain nor mmsegmentation.
+    from mmpretrain.apis import ModelHub
+
+    if not ModelHub.has('mdeq_small_imagenet'):
+        root = config_root()
+        ModelHub.register_model_index(root / 'configs' / 'metafile.yml', config_prefix=root)

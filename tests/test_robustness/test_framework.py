@@ -1,0 +1,376 @@
+"""What a framework does with a model: copy, average, save, checkpoint, compile, export, repeat."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.model import BaseModel, ExponentialMovingAverage
+from mmengine.runner import Runner
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from mdeq_mm.implicit import ImplicitLayer
+
+from . import SOLVERS, tiny_backbone
+
+
+def image(n=2, seed=1):
+    return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(outs):
+    """Weights of no symmetry: norms make sums and squares of a map nearly constant."""
+    return sum((out * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape)).sum() for out in outs)
+
+
+def gradients(net, x, seed=0):
+    torch.manual_seed(seed)
+    return torch.autograd.grad(loss_of(net(x)), [p for p in net.parameters() if p.requires_grad])
+
+
+def plain_weights(net):
+    """Fold the weight normalization into plain weights, for deployment."""
+    for module in net.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, 'weight')
+    return net
+
+
+class Segmentor(BaseModel):
+    """The least that a Runner trains."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=loss_of(self.backbone(torch.stack(inputs))))
+
+
+def run(tmp_path, model, max_iters=2, **options):
+    runner = Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=dict(
+            batch_size=2,
+            dataset=[dict(inputs=x) for x in image(4)],
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=max_iters),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=1e-3), **options.pop('optim_wrapper', dict())
+        ),
+        default_scope='mmengine',
+        experiment_name=f'robustness_{tmp_path.parent.name}_{tmp_path.name}',
+        log_level='ERROR',
+        **options,
+    )
+    runner.train()
+    return runner
+
+
+def test_a_copy_made_with_a_graph_alive_is_independent():
+    net = tiny_backbone(drop_rate=0.3, norm_eval=True)
+    outs = net(image())
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    loss_of(outs).backward()
+    assert all(p.grad is None for p in twin.parameters())
+    assert any(p.grad.any() for p in net.parameters())
+
+
+def test_moving_average_is_the_mean_of_the_weights():
+    net = tiny_backbone(norm_eval=True)
+    average = ExponentialMovingAverage(net, momentum=0.25)
+    average.update_parameters(net)
+    start = {k: v.clone() for k, v in net.named_parameters()}
+    loss_of(net(image())).backward()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.sub_(0.1 * parameter.grad)
+    average.update_parameters(net)
+    for name, parameter in net.named_parameters():
+        expected = 0.75 * start[name] + 0.25 * parameter
+        torch.testing.assert_close(average.module.get_parameter(name), expected)
+    assert not torch.equal(average.module(image())[0], net(image())[0])
+
+
+def test_ema_and_checkpoint_hooks_save_both_sets_of_weights(tmp_path):
+    model = Segmentor(tiny_backbone(norm_eval=True, drop_rate=0.2))
+    hooks = [EMAHook(momentum=0.5), CheckpointHook(interval=1, by_epoch=False, max_keep_ckpts=1)]
+    runner = run(tmp_path, model, max_iters=3, custom_hooks=hooks)
+    assert [p.name for p in sorted(tmp_path.glob('*.pth'))] == ['iter_3.pth']
+    saved = torch.load(tmp_path / 'iter_3.pth', weights_only=False)
+    weights, average = saved['state_dict'], saved['ema_state_dict']
+    assert {f'module.{k}' for k in weights} <= set(average)
+    # As MM has it: what evaluation uses, the average, is called state_dict.
+    key = 'backbone.cell.blocks.0.conv1.parametrizations.weight.original1'
+    assert not torch.equal(weights[key], average[f'module.{key}'])
+    fresh = Segmentor(tiny_backbone(drop_rate=0.2)).eval()
+    fresh.load_state_dict(weights)
+    runner.model.eval()
+    hooks[0]._swap_ema_parameters()
+    for a, b in zip(fresh.backbone(image()), runner.model.backbone(image())):
+        assert torch.equal(a, b)
+
+
+def test_the_whole_model_is_saved_once_its_weights_are_plain():
+    """torch itself refuses to pickle parametrized modules, and says what to do instead."""
+    net = tiny_backbone(drop_rate=0.3).eval()
+    expected = net(image())
+    with pytest.raises(RuntimeError, match=r'only supported through state_dict'):
+        torch.save(net, io.BytesIO())
+    for twin in (plain_weights(copy.deepcopy(net)), tiny_backbone(weight_norm=False).eval()):
+        before = twin(image())
+        file = io.BytesIO()
+        torch.save(twin, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        assert all(torch.equal(a, b) for a, b in zip(again(image()), before))
+    for a, b in zip(plain_weights(net)(image()), expected):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_activation_checkpointing_recomputes_the_same_masks(use_reentrant):
+    net = tiny_backbone(drop_rate=0.4, norm_eval=True)
+
+    def checkpointed(x):
+        return checkpoint(net, x, use_reentrant=use_reentrant)
+
+    def grads(call):
+        net.zero_grad()
+        x = image().requires_grad_()
+        torch.manual_seed(3)
+        outs = call(x)
+        # Another draw between forward and backward must not shift the masks.
+        torch.rand(7)
+        loss_of(outs).backward()
+        return [x.grad, *(p.grad.clone() for p in net.parameters())]
+
+    expected, got = grads(net), grads(checkpointed)
+    assert any(g.any() for g in expected)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
+    # The masks matter here: other ones give another gradient.
+    torch.manual_seed(4)
+    other = torch.autograd.grad(loss_of(net(image())), list(net.parameters()))
+    assert not torch.allclose(other[0], expected[1])
+
+
+def test_gradients_accumulate_over_steps(tmp_path):
+    """Two batches of two with accumulation end where the sum of both gradients leads."""
+    reference = Segmentor(tiny_backbone(norm_eval=True))
+    halves = image(4).split(2)
+    total = [
+        sum(pair) / 2 for pair in zip(*(gradients(reference.backbone, half) for half in halves))
+    ]
+    model = Segmentor(tiny_backbone(norm_eval=True))
+    run(tmp_path, model, optim_wrapper=dict(accumulative_counts=2))
+    for old, grad, new in zip(reference.parameters(), total, model.parameters()):
+        torch.testing.assert_close(new, old - 1e-3 * grad)
+
+
+def test_a_frozen_backbone_builds_no_graph_unless_the_input_wants_one():
+    net = tiny_backbone(frozen_stages=2).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert not any(out.requires_grad for out in net(image()))
+    x = image().requires_grad_()
+    loss_of(net(x)).backward()
+    assert x.grad.any()
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_head_trains_on_a_frozen_backbone():
+    net = tiny_backbone(frozen_stages=2).train()
+    head = torch.nn.Conv2d(8, 2, 1)
+    head(net(image())[0]).square().sum().backward()
+    assert head.weight.grad.any() and net.implicit.backward_stats is None
+
+
+@pytest.mark.parametrize('kind', SOLVERS)
+def test_gradient_to_the_input_in_evaluation_is_the_directional_derivative(kind):
+    """Through the smooth net in double precision, where a finite difference is accurate."""
+    net = tiny_backbone(kind, max_iter=200, tol=1e-11).double().eval()
+    net.cell.smooth = True
+    with torch.no_grad():
+        for fusion in net.cell.fusions:
+            fusion.norm.weight.mul_(0.05)
+        net.cell.blocks[0].conv2.parametrizations.weight.original0.fill_(0.02)
+    x = image(1).double().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(net(x)), x)
+    assert all(p.grad is None for p in net.parameters())
+    direction, step = torch.randn_like(x), 1e-5
+    with torch.no_grad():
+        ahead, behind = (loss_of(net(x + sign * step * direction)) for sign in (1, -1))
+    assert net.implicit.forward_stats.summary()['converged'] == 1
+    torch.testing.assert_close((grad * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-3, atol=1e-6)
+
+
+def test_several_models_in_one_process_do_not_meet():
+    """Forwards and backwards of two nets, interleaved, give what each gives alone."""
+    options = [dict(kind='Anderson'), dict(kind='LimitedMemoryBroyden', channels=(8,), max_iter=7)]
+    expected = [gradients(tiny_backbone(norm_eval=True, **o), image()) for o in options]
+    nets = [tiny_backbone(norm_eval=True, **o) for o in options]
+    losses = [loss_of(net(image())) for net in nets]
+    for index in (1, 0):
+        got = torch.autograd.grad(losses[index], list(nets[index].parameters()))
+        for a, b in zip(got, expected[index]):
+            torch.testing.assert_close(a, b)
+
+
+def test_one_model_feeds_another():
+    """The gradient of the first passes the second: two hooks in one backward."""
+    first, second = tiny_backbone(norm_eval=True), tiny_backbone(in_channels=8, norm_eval=True)
+    loss_of(second(first(image())[0])).backward()
+    for net in (first, second):
+        assert net.implicit.backward_stats is not None
+        assert net.cell.blocks[0].norm1.weight.grad.any()
+
+
+def test_two_live_forwards_of_one_model_have_their_own_gradients():
+    net = tiny_backbone(norm_eval=True)
+    expected = [gradients(net, image(seed=s)) for s in (1, 2)]
+    losses = [loss_of(net(image(seed=s))) for s in (1, 2)]
+    for index in (1, 0):
+        for a, b in zip(torch.autograd.grad(losses[index], list(net.parameters())), expected[index]):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_second_backward_is_refused_by_torch_or_repeats_the_first():
+    net = tiny_backbone(norm_eval=True)
+    parameters = list(net.parameters())
+    loss = loss_of(net(image()))
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, parameters), first):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match='second time'):
+        torch.autograd.grad(loss, parameters)
+
+
+def test_double_backward_of_the_backbone_is_one_clear_error():
+    x = image().requires_grad_()
+    with pytest.raises(NotImplementedError, match='create_graph.*unrolled_layers'):
+        torch.autograd.grad(loss_of(tiny_backbone().eval()(x)), x, create_graph=True)
+
+
+def test_double_backward_works_where_the_error_sends_the_user():
+    x = image(1).double().requires_grad_()
+    net = tiny_backbone(unrolled_layers=2).double().eval()
+    (grad,) = torch.autograd.grad(loss_of(net(x)), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    assert torch.isfinite(second).all() and second.any()
+
+
+def test_no_tensor_is_left_behind():
+    """200 training steps, evaluations and failures between them: as many tensors as after five."""
+    net = tiny_backbone(channels=(4,), max_iter=3, drop_rate=0.2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def step(index):
+        x = image()
+        if index % 7 == 0:
+            x[0] = float('nan')
+        optimizer.zero_grad()
+        loss = loss_of(net(x))
+        if index % 3:
+            loss.backward()
+            if index % 7:
+                optimizer.step()
+        if index % 5 == 0:
+            with torch.no_grad():
+                net.eval()(image(1))
+            net.train()
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    counts = []
+    for index in range(1, 201):
+        step(index)
+        # The same point of the cycle of what a step does.
+        if index in (8, 197):
+            counts.append(alive())
+    assert counts[0] == counts[1] > 0
+
+
+def test_nothing_of_a_failed_call_is_left_behind():
+    """An exception inside f ends the caching of weights: the next call sees new ones."""
+    net = tiny_backbone(norm_eval=True)
+    net(image())
+    handle = net.cell.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net(image())
+    handle.remove()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    twin = tiny_backbone(norm_eval=True)
+    twin.load_state_dict(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(net(image()), twin(image())))
+
+
+def test_compiled_model_has_the_same_values_and_gradients():
+    net = tiny_backbone(channels=(4,), max_iter=3, norm_eval=True, norm_cfg=dict(type='GN', num_groups=2))
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend='aot_eager')
+    for a, b in zip(compiled(image()), net(image())):
+        torch.testing.assert_close(a, b)
+    parameters = list(net.parameters())
+    got = torch.autograd.grad(loss_of(compiled(image())), parameters)
+    for a, b in zip(got, gradients(net, image())):
+        torch.testing.assert_close(a, b)
+    # Evaluation and another size go through the compiler again.
+    net.eval()
+    x = torch.randn(1, 3, 9, 7)
+    torch.testing.assert_close(compiled(x)[0], net(x)[0])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+@pytest.mark.parametrize('kind', SOLVERS)
+def test_onnx_export_at_fixed_nfe(kind, dynamo, tmp_path):
+    pytest.importorskip('onnxscript')
+    runtime = pytest.importorskip('onnxruntime')
+    net = tiny_backbone(kind, max_iter=4, tol=0, channels=(8,)).eval()
+    # A new example would do; plain weights are what a deployed model holds.
+    plain_weights(net)
+    x = image()
+    with torch.no_grad():
+        expected = net(x)
+        path = str(tmp_path / 'mdeq.onnx')
+        torch.onnx.export(net, (x,), path, dynamo=dynamo)
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    other = image(seed=5)
+    with torch.no_grad():
+        for data, wanted in ((x, expected), (other, net(other))):
+            got = session.run(None, {session.get_inputs()[0].name: data.numpy()})
+            for a, b in zip(got, wanted):
+                torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_with_their_own_threads_do_not_share_the_weight_cache():
+    """Data-parallel threads: each has its own solve, and no parameter loses its gradient."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    nets = [tiny_backbone(norm_eval=True) for _ in range(3)]
+    expected = gradients(nets[0], image())
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda net: gradients(net, image()), nets))
+    for result in results:
+        for a, b in zip(result, expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_implicit_layer_without_parameters_passes_no_gradient_and_no_error():
+    solver = dict(type='Anderson', max_iter=30, tol=1e-6)
+    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver))
+    out = layer(torch.cos, torch.zeros(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(out, torch.cos(out), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,236 @@
+"""Predict one picture: an overlay for segmentation, the five best classes for classification.
+
+With --equilibrium the picture shows the prediction as the equilibrium forms, call by call: the
+solver is stopped after 1, 2, ... calls of f, and the head reads what it has found by then.
+"""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from _model import add_arguments, load_model, one_line_errors, read_config, the_backbone
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate, pseudo_collate
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+# Steps of a test pipeline that read labels, which a single picture does not have.
+LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('img', help='picture')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', default='work_dirs/prediction.png', help='picture to write')
+    parser.add_argument(
+        '--equilibrium',
+        nargs='?',
+        type=int,
+        const=0,
+        metavar='CALLS',
+        help="paint the prediction after each of so many calls of f (default: the config's)",
+    )
+    parser.add_argument('--opacity', type=float, default=0.6, help='of the painted classes')
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def read_picture(path: str) -> np.ndarray:
+    """(H, W, 3) RGB uint8.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no picture.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'picture {path} does not exist')
+    picture = mmcv.imread(path, channel_order='rgb')
+    if picture is None:
+        raise ValueError(f'{path} is not a picture that can be read')
+    return picture
+
+
+def prepare(cfg: Config, path: str, picture: np.ndarray) -> dict[str, Any]:
+    """Make the batch of one picture that the config's test pipeline would make."""
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
+    size = picture.shape[:2]
+    # Data sets that hold arrays, as CIFAR-10 does, load no file, and the arrays are RGB.
+    sample = dict(img_path=path, img=picture, img_shape=size, ori_shape=size)
+    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
+    return collate([Compose(steps)(sample)])
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: dict[str, Any]) -> BaseDataElement:
+    """Give the data sample with the model's predictions in it."""
+    return model.test_step(deepcopy(data))[0]
+
+
+def predict_by_calls(
+    model: nn.Module, data: dict[str, Any], calls: int
+) -> list[tuple[BaseDataElement, float | None]]:
+    """Predict with the solver stopped after 1, 2, ..., ``calls`` calls of f.
+
+    Returns:
+        For each the prediction and the relative residual; None for an unrolled net, which
+        measures none.
+    """
+    implicit = the_backbone(model).implicit
+    calls = calls or implicit.unrolled_layers or implicit.solver.max_iter
+    found = []
+    for number in range(1, calls + 1):
+        if implicit.unrolled_layers:
+            implicit.unrolled_layers = number
+        else:
+            implicit.solver.max_iter = number
+        sample = predict(model, data)
+        stats = implicit.forward_stats
+        found.append((sample, None if stats is None else float(stats.residual[0])))
+    return found
+
+
+def class_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the classes, or their numbers where no names are known."""
+    names = model.dataset_meta.get('classes')
+    return list(map(str, names)) if names else [f'class {i}' for i in range(count)]
+
+
+def overlay(
+    model: nn.Module, picture: np.ndarray, sample: BaseDataElement, opacity: float, legend: bool
+) -> np.ndarray:
+    """(H, W, 3) the picture with its classes painted over it, as mmsegmentation paints."""
+    from mmseg.visualization import SegLocalVisualizer
+
+    meta = model.dataset_meta
+    visualizer = SegLocalVisualizer(vis_backends=None, save_dir=None, alpha=opacity)
+    visualizer.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+    visualizer.add_datasample(
+        'prediction', picture, sample, draw_gt=False, show=False, with_labels=legend
+    )
+    return visualizer.get_image()
+
+
+def best(sample: BaseDataElement, names: list[str], count: int = 5) -> list[tuple[str, float]]:
+    """Names and scores of the ``count`` classes of highest score, best first."""
+    scores, labels = sample.pred_score.topk(min(count, len(sample.pred_score)))
+    return [(names[k], score) for k, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+
+
+def paint_classes(picture: np.ndarray, ranking: list[tuple[str, float]]) -> Figure:
+    """The picture beside bars of the best classes."""
+    figure = Figure(figsize=(7, 2.8), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    left.imshow(picture)
+    left.set_axis_off()
+    names, scores = zip(*ranking[::-1], strict=True)
+    bars = right.barh(range(len(names)), scores)
+    right.set_yticks(range(len(names)), names)
+    right.bar_label(bars, fmt='%.3f', padding=3)
+    right.set(xlim=(0, 1.2 * max(scores)), xlabel='score')
+    return figure
+
+
+def _title(number: int, residual: float | None) -> str:
+    calls = f'{number} call{"s" if number > 1 else ""}'
+    return calls if residual is None else f'{calls}, residual {residual:.1e}'
+
+
+def paint_maps_by_calls(
+    model: nn.Module, picture: np.ndarray, found: list[tuple], opacity: float
+) -> Figure:
+    """A tile for each number of calls, the picture first."""
+    tiles = [('picture', picture)]
+    for number, (sample, residual) in enumerate(found, start=1):
+        tile = overlay(model, picture, sample, opacity, legend=False)
+        tiles.append((_title(number, residual), tile))
+    columns = min(5, len(tiles))
+    rows = -(-len(tiles) // columns)
+    height = 2.4 * picture.shape[0] / picture.shape[1] + 0.3
+    figure = Figure(figsize=(2.4 * columns, height * rows), layout='constrained')
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, tile) in zip(axes, tiles, strict=False):
+        axis.imshow(tile, interpolation='nearest')
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[str]) -> Figure:
+    """The picture, and the scores of the classes that are best in the end against calls of f."""
+    last = found[-1][0].pred_score
+    labels = last.topk(min(5, len(last))).indices.tolist()
+    scores = torch.stack([sample.pred_score.cpu() for sample, _ in found])
+    residuals = [residual for _, residual in found]
+    with_residual = None not in residuals
+    figure = Figure(figsize=(10 if with_residual else 7, 2.9), layout='constrained')
+    left, middle, *right = figure.subplots(1, 3 if with_residual else 2)
+    left.imshow(picture)
+    left.set_axis_off()
+    calls = range(1, len(found) + 1)
+    for label in labels:
+        middle.plot(calls, scores[:, label], marker='.', label=names[label])
+    middle.set(xlabel='calls of f', ylabel='score', ylim=(-0.02, 1.02))
+    middle.xaxis.set_major_locator(MaxNLocator(integer=True))
+    middle.legend(fontsize=8)
+    if with_residual:
+        right[0].plot(calls, residuals, marker='.', color='black')
+        right[0].set(xlabel='calls of f', ylabel='relative residual', yscale='log')
+        right[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def paint(model: nn.Module, picture: np.ndarray, data: dict, args: argparse.Namespace) -> None:
+    """Predict as the command line says and write the picture."""
+    segments = 'pred_sem_seg' in (sample := predict(model, data))
+    found = None
+    if args.equilibrium is not None:
+        found = predict_by_calls(model, data, args.equilibrium)
+        sample = found[-1][0]
+    names = [] if segments else class_names(model, len(sample.pred_score))
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if segments and found is None:
+        mmcv.imwrite(overlay(model, picture, sample, args.opacity, True)[..., ::-1], str(path))
+        return
+    if not segments:
+        print('\n'.join(f'{score:.4f}  {name}' for name, score in best(sample, names)))
+    if segments:
+        figure = paint_maps_by_calls(model, picture, found, args.opacity)
+    elif found is None:
+        figure = paint_classes(picture, best(sample, names))
+    else:
+        figure = paint_scores_by_calls(picture, found, names)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Predict and paint.
+
+    Args:
+        argv: The command line; the process's own by default.
+    """
+    args = parse_args(argv)
+    with one_line_errors('inference.py'):
+        cfg = read_config(args)
+        picture = read_picture(args.img)
+        model = load_model(cfg, args.checkpoint, args.device)
+        if args.equilibrium is not None:
+            the_backbone(model)
+            if args.equilibrium < 0:
+                raise ValueError('--equilibrium CALLS must be at least 1')
+    paint(model, picture, prepare(cfg, args.img, picture), args)
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()

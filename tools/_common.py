@@ -201,10 +201,12 @@ def _check_dataset(name: str, dataset: dict) -> None:
     prefixes = dataset.get('data_prefix') or ''
     prefixes = list(prefixes.values()) if isinstance(prefixes, dict) else [prefixes]
     for path in (root, *(os.path.join(root, prefix or '') for prefix in prefixes)):
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) or not any(os.scandir(path)):
+            state = 'is empty' if os.path.isdir(path) else 'does not exist'
             raise FileNotFoundError(
-                f'{name} wants the folder {path}, which does not exist. See "Train and evaluate" in README.md '
-                'for how to make it, or name yours by --cfg-options data_root=FOLDER'
+                f'{name} wants the folder {path}, which {state}. See "Train and '
+                'evaluate" in README.md for how to make it, or name yours by --cfg-options '
+                'data_root=FOLDER'
             )
 
 
@@ -217,6 +219,17 @@ def _downloads(dataset: dict) -> bool:
     if not inspect.isclass(kind):
         return False
     return 'download' in inspect.signature(kind).parameters and dataset.get('download', True)
+
+
+def pretrained_files(node: Any) -> Iterator[str]:
+    """Give the files that ``init_cfg=dict(type='Pretrained', ...)`` anywhere in a model names."""
+    if isinstance(node, dict):
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            yield node['checkpoint']
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for value in node:
+            yield from pretrained_files(value)
 
 
 def check_checkpoint(path: str | None) -> None:

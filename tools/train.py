@@ -12,6 +12,7 @@ from _common import (
     load_config,
     merge_options,
     one_line_errors,
+    pretrained_files,
     set_dataloader_defaults,
 )
 from mmengine.config import Config
@@ -95,7 +96,8 @@ def prepare(args: argparse.Namespace) -> Config:
     checkpoint = cfg.get('load_from')
     if cfg.get('resume') and checkpoint is None:
         checkpoint = find_latest_checkpoint(cfg.work_dir)
-    check_checkpoint(checkpoint)
+    for path in (checkpoint, *pretrained_files(cfg.get('model'))):
+        check_checkpoint(path)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
     return cfg
 

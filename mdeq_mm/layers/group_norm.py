@@ -1,9 +1,8 @@
 """Group normalization for f: checked early, and fast in low precision."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -11,13 +10,24 @@ from torch import Tensor, nn
 from ..options import checks_options
 
 
-def check_groups(channels: int, num_groups: int, owner: str = 'GroupNorm') -> None:
-    """Raise unless ``num_groups`` divides ``channels``; the message lists what does."""
-    if num_groups < 1 or channels % num_groups:
-        valid = [g for g in range(1, channels + 1) if channels % g == 0]
+def check_groups(
+    channels: int, num_groups: int, owner: str = 'GroupNorm', halved: bool = False
+) -> None:
+    """Raise unless ``num_groups`` divides ``channels``; the message lists what does.
+
+    ``halved`` wants the same of ``num_groups // 2``, the groups of the norm after the fusion.
+    """
+
+    def splits(groups: int) -> bool:
+        wanted = (groups, max(1, groups // 2)) if halved else (groups,)
+        return groups >= 1 and all(channels % g == 0 for g in wanted)
+
+    if not splits(num_groups):
+        valid = [g for g in range(1, channels + 1) if splits(g)]
+        half = f' and, after the fusion, {num_groups // 2}' if halved and num_groups > 3 else ''
         raise ValueError(
-            f'{owner}: {channels} channels do not split into {num_groups} groups. Choose '
-            f'num_groups from {valid}, or channels divisible by {max(num_groups, 1)}.'
+            f'{owner}: {channels} channels do not split into {num_groups} groups{half}. Choose '
+            f'num_groups from {valid}, or channels divisible by {max(num_groups, 1)}{half}.'
         )
 
 
@@ -47,13 +57,18 @@ class MDEQGroupNorm(nn.GroupNorm):
         device = x.device.type
         # The meta device of shape and FLOP counters knows no autocast.
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return super().forward(x)
+            return self._normalize(x, self.weight, self.bias)
         with torch.autocast(device, enabled=False):
             weight, bias = self.weight, self.bias
             # The CPU kernel takes float32 affine beside low-precision maps, the others do not.
             if self.affine and device != 'cpu':
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            return self._normalize(x, weight, bias)
+
+    def _normalize(self, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]) -> Tensor:
+        # F.group_norm refuses groups of one value, which batch norm could not train on. Here they
+        # are as good as any: an image of one pixel, normalized to zero.
+        return torch.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def build_norm(norm_cfg: Dict[str, Any], channels: int, halve_groups: bool = False) -> nn.Module:

@@ -137,7 +137,11 @@ class MDEQBackbone(BaseModule):
 
         size = sum(c * h * w for c, h, w in shapes)
         z0 = torch.zeros(len(x), size, dtype=dtype, device=x.device)
-        features = unpack(self.implicit(f, z0), shapes, channels_last)
+        # The layer asks for the gradient of z itself: without this, what is frozen would build a
+        # graph and solve for adjoints that nothing takes.
+        wanted = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            features = unpack(self.implicit(f, z0), shapes, channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # Copies, not views of one state: what a head does in place stays with that head.
         return tuple(features[i].clone(memory_format=layout) for i in self.out_indices)

@@ -168,7 +168,9 @@ class MDEQCell(nn.Module):
         check_choice('MDEQCell', 'upsample', upsample, ('nearest', 'bilinear'))
         for i, c in enumerate(channels):
             # Before the wider inner norms, whose widths the user never wrote, can complain.
-            check_groups(c, norm_cfg.get('num_groups', 1), f'channels[{i}] with {norm_cfg}')
+            check_groups(
+                c, norm_cfg.get('num_groups', 1), f'channels[{i}] with {norm_cfg}', halved=True
+            )
         self.blocks = nn.ModuleList(
             ResidualBlock(c, expansion, norm_cfg, drop_rate, weight_norm) for c in channels
         )

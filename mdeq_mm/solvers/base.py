@@ -146,6 +146,10 @@ class _Record:
         ):
             self.status.masked_fill_(mask, int(code))
         self.active = self.active & ~(converged | exploded | broken)
+        if torch.compiler.is_exporting():
+            # A graph cannot branch on values: all evaluations are in it, and masks freeze samples.
+            self.all_active = False
+            return improved, False, False
         flags = torch.stack([improved.all(), self.active.all(), self.active.any()])
         all_improved, self.all_active, any_active = flags.tolist()
         return improved, all_improved, not any_active

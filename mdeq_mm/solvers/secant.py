@@ -64,8 +64,7 @@ class SecantState:
         matrix = matrix + torch.diag_embed((scale == 0).to(matrix.dtype))
         if transpose:
             matrix = matrix.mT
-        weights, _ = torch.linalg.solve_ex(matrix, (scale * rhs)[:, :, None], check_errors=False)
-        weights = scale * weights.squeeze(2)
+        weights = scale * _linear_solve(matrix, scale * rhs)
         good = torch.isfinite(weights).all(dim=1, keepdim=True)
         return torch.where(good, weights, 0.0)
 
@@ -88,6 +87,24 @@ def _project(basis: Tensor, v: Tensor) -> Tensor:
     times faster than with the vector on the right.
     """
     return torch.bmm(v.unsqueeze(1), basis.mT).squeeze(1)
+
+
+def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """(N, k, k), (N, k) -> (N, k); not finite where the matrix is singular."""
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve_ex(matrix, rhs.unsqueeze(2), check_errors=False)[0].squeeze(2)
+    # ONNX has no linear solve: Gauss-Jordan with partial pivoting, of operations it has.
+    rows, size = torch.cat([matrix, rhs.unsqueeze(2)], dim=2), matrix.shape[1]
+    free, pivots = torch.ones_like(rhs), []
+    for column in range(size):
+        largest = (rows[:, :, column].abs() * free).argmax(dim=1, keepdim=True)
+        pivot = torch.zeros_like(rhs).scatter(1, largest, 1.0)
+        row = (pivot.unsqueeze(2) * rows).sum(dim=1)
+        row = row / row[:, column : column + 1]
+        rows = rows - (rows[:, :, column] - pivot).unsqueeze(2) * row.unsqueeze(1)
+        free = free - pivot
+        pivots.append(pivot)
+    return torch.stack([(pivot * rows[:, :, size]).sum(dim=1) for pivot in pivots], dim=1)
 
 
 class SecantSolver(Solver):

@@ -3,10 +3,11 @@
 import copy
 import gc
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.runner import Runner
 from torch.nn.utils import parametrize
@@ -23,7 +24,9 @@ def image(n=2, seed=1):
 
 def loss_of(outs):
     """Weights of no symmetry: norms make sums and squares of a map nearly constant."""
-    return sum((out * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape)).sum() for out in outs)
+    return sum(
+        (out * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape)).sum() for out in outs
+    )
 
 
 def gradients(net, x, seed=0):
@@ -102,8 +105,10 @@ def test_moving_average_is_the_mean_of_the_weights():
 
 def test_ema_and_checkpoint_hooks_save_both_sets_of_weights(tmp_path):
     model = Segmentor(tiny_backbone(norm_eval=True, drop_rate=0.2))
-    hooks = [EMAHook(momentum=0.5), CheckpointHook(interval=1, by_epoch=False, max_keep_ckpts=1)]
-    runner = run(tmp_path, model, max_iters=3, custom_hooks=hooks)
+    ema = EMAHook(momentum=0.5)
+    keep = dict(type='CheckpointHook', interval=1, by_epoch=False, max_keep_ckpts=1)
+    options = dict(custom_hooks=[ema], default_hooks=dict(checkpoint=keep))
+    runner = run(tmp_path, model, max_iters=3, **options)
     assert [p.name for p in sorted(tmp_path.glob('*.pth'))] == ['iter_3.pth']
     saved = torch.load(tmp_path / 'iter_3.pth', weights_only=False)
     weights, average = saved['state_dict'], saved['ema_state_dict']
@@ -114,26 +119,26 @@ def test_ema_and_checkpoint_hooks_save_both_sets_of_weights(tmp_path):
     fresh = Segmentor(tiny_backbone(drop_rate=0.2)).eval()
     fresh.load_state_dict(weights)
     runner.model.eval()
-    hooks[0]._swap_ema_parameters()
+    ema._swap_ema_parameters()
     for a, b in zip(fresh.backbone(image()), runner.model.backbone(image())):
         assert torch.equal(a, b)
 
 
-def test_the_whole_model_is_saved_once_its_weights_are_plain():
-    """torch itself refuses to pickle parametrized modules, and says what to do instead."""
+def test_the_whole_model_is_saved_with_plain_weights():
+    """torch refuses to pickle parametrized modules; the same net without weight norm is plain."""
     net = tiny_backbone(drop_rate=0.3).eval()
-    expected = net(image())
     with pytest.raises(RuntimeError, match=r'only supported through state_dict'):
         torch.save(net, io.BytesIO())
-    for twin in (plain_weights(copy.deepcopy(net)), tiny_backbone(weight_norm=False).eval()):
-        before = twin(image())
-        file = io.BytesIO()
-        torch.save(twin, file)
-        file.seek(0)
-        again = torch.load(file, weights_only=False)
-        assert all(torch.equal(a, b) for a, b in zip(again(image()), before))
-    for a, b in zip(plain_weights(net)(image()), expected):
-        assert torch.equal(a, b)
+    plain = tiny_backbone(drop_rate=0.3, weight_norm=False).eval()
+    # Not a deepcopy: it shares the class that torch made, and takes the weight off it for both.
+    donor = tiny_backbone(drop_rate=0.3)
+    donor.load_state_dict(net.state_dict())
+    plain.load_state_dict(plain_weights(donor).state_dict())
+    file = io.BytesIO()
+    torch.save(plain, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert all(torch.equal(a, b) for a, b in zip(again(image()), net(image())))
 
 
 @pytest.mark.parametrize('use_reentrant', [False, True])
@@ -165,12 +170,14 @@ def test_activation_checkpointing_recomputes_the_same_masks(use_reentrant):
 
 def test_gradients_accumulate_over_steps(tmp_path):
     """Two batches of two with accumulation end where the sum of both gradients leads."""
-    reference = Segmentor(tiny_backbone(norm_eval=True))
+    model = Segmentor(tiny_backbone(norm_eval=True))
+    # A Runner would draw other weights than these once more.
+    model.init_weights()
+    reference = copy.deepcopy(model)
     halves = image(4).split(2)
     total = [
         sum(pair) / 2 for pair in zip(*(gradients(reference.backbone, half) for half in halves))
     ]
-    model = Segmentor(tiny_backbone(norm_eval=True))
     run(tmp_path, model, optim_wrapper=dict(accumulative_counts=2))
     for old, grad, new in zip(reference.parameters(), total, model.parameters()):
         torch.testing.assert_close(new, old - 1e-3 * grad)
@@ -210,7 +217,9 @@ def test_gradient_to_the_input_in_evaluation_is_the_directional_derivative(kind)
     with torch.no_grad():
         ahead, behind = (loss_of(net(x + sign * step * direction)) for sign in (1, -1))
     assert net.implicit.forward_stats.summary()['converged'] == 1
-    torch.testing.assert_close((grad * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        (grad * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_several_models_in_one_process_do_not_meet():
@@ -239,7 +248,9 @@ def test_two_live_forwards_of_one_model_have_their_own_gradients():
     expected = [gradients(net, image(seed=s)) for s in (1, 2)]
     losses = [loss_of(net(image(seed=s))) for s in (1, 2)]
     for index in (1, 0):
-        for a, b in zip(torch.autograd.grad(losses[index], list(net.parameters())), expected[index]):
+        for a, b in zip(
+            torch.autograd.grad(losses[index], list(net.parameters())), expected[index]
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -318,55 +329,55 @@ def test_nothing_of_a_failed_call_is_left_behind():
 
 
 def test_compiled_model_has_the_same_values_and_gradients():
-    net = tiny_backbone(channels=(4,), max_iter=3, norm_eval=True, norm_cfg=dict(type='GN', num_groups=2))
+    net = tiny_backbone(channels=(4,), max_iter=3, norm_eval=True)
     torch._dynamo.reset()
-    compiled = torch.compile(net, backend='aot_eager')
+    compiled = torch.compile(net, backend='eager')
     for a, b in zip(compiled(image()), net(image())):
         torch.testing.assert_close(a, b)
-    parameters = list(net.parameters())
-    got = torch.autograd.grad(loss_of(compiled(image())), parameters)
-    for a, b in zip(got, gradients(net, image())):
+    for a, b in zip(gradients(compiled, image()), gradients(net, image())):
         torch.testing.assert_close(a, b)
-    # Evaluation and another size go through the compiler again.
-    net.eval()
-    x = torch.randn(1, 3, 9, 7)
-    torch.testing.assert_close(compiled(x)[0], net(x)[0])
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
-@pytest.mark.parametrize('kind', SOLVERS)
-def test_onnx_export_at_fixed_nfe(kind, dynamo, tmp_path):
+def check_export(net, path, **options):
+    """Export, run elsewhere, and compare, on the images exported with and on other ones."""
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
-    net = tiny_backbone(kind, max_iter=4, tol=0, channels=(8,)).eval()
-    # A new example would do; plain weights are what a deployed model holds.
-    plain_weights(net)
-    x = image()
     with torch.no_grad():
-        expected = net(x)
-        path = str(tmp_path / 'mdeq.onnx')
-        torch.onnx.export(net, (x,), path, dynamo=dynamo)
-    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    other = image(seed=5)
-    with torch.no_grad():
-        for data, wanted in ((x, expected), (other, net(other))):
-            got = session.run(None, {session.get_inputs()[0].name: data.numpy()})
-            for a, b in zip(got, wanted):
+        torch.onnx.export(net, (image(),), path, **options)
+        session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+        for x in (image(), image(seed=5)):
+            got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            for a, b in zip(got, net(x), strict=True):
                 torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-4, rtol=1e-4)
 
 
-def test_layers_with_their_own_threads_do_not_share_the_weight_cache():
-    """Data-parallel threads: each has its own solve, and no parameter loses its gradient."""
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.mark.parametrize('kind', SOLVERS)
+def test_onnx_export_at_fixed_nfe(kind, tmp_path):
+    """With a tolerance, too, the graph holds max_iter evaluations: masks do what a stop does."""
+    stops = kind == 'FixedPointIteration'
+    net = tiny_backbone(kind, max_iter=4, tol=0.5 if stops else 0, channels=(8,)).eval()
+    if stops:
+        with torch.no_grad():
+            net.cell.fusions[0].norm.weight.fill_(0.1)
+    net(image())
+    assert (net.implicit.forward_stats.num_iter < 4).all() == stops
+    check_export(net, str(tmp_path / 'mdeq.onnx'), dynamo=True)
 
-    nets = [tiny_backbone(norm_eval=True) for _ in range(3)]
-    expected = gradients(nets[0], image())
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda net: gradients(net, image()), nets))
-    for result in results:
-        for a, b in zip(result, expected):
-            torch.testing.assert_close(a, b)
+
+def test_threads_may_predict_with_one_model():
+    net = tiny_backbone().eval()
+    images = [image(seed=s) for s in range(8)]
+    with torch.no_grad():
+        expected = [net(x)[0] for x in images]
+
+    def predict(x):
+        with torch.no_grad():
+            return net(x)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(predict, images), expected):
+            torch.testing.assert_close(got, wanted)
 
 
 def test_an_implicit_layer_without_parameters_passes_no_gradient_and_no_error():

@@ -1,0 +1,220 @@
+"""Files that lie, are cut off, or are not there; settings that are wrong."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from ..mini_datasets import write_cityscapes
+
+pytest.importorskip('mmseg')
+
+CONFIG = """
+default_scope = 'mmseg'
+custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)
+data_root = 'cityscapes'
+pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='InfiniteSampler', shuffle=False),
+    dataset=dict(
+        type='CityscapesDataset',
+        data_root=data_root,
+        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
+        pipeline=pipeline,
+    ),
+)
+solver = dict(type='FixedPointIteration', max_iter=2)
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 64)),
+    backbone=dict(
+        type='MDEQBackbone',
+        channels=(8, 8),
+        expansion=1,
+        solver=solver,
+        gradient=dict(type='ImplicitGradient', solver=solver),
+    ),
+    decode_head=dict(
+        type='FCNHead',
+        in_channels=8,
+        in_index=0,
+        channels=8,
+        kernel_size=1,
+        num_convs=1,
+        concat_input=False,
+        num_classes=19,
+    ),
+    test_cfg=dict(mode='whole'),
+)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1))
+log_level = 'ERROR'
+"""
+
+
+class Payload:
+    """Makes a folder when an unprotected loader reads it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    return write_cityscapes(root / 'cityscapes', size=(32, 64))
+
+
+@pytest.fixture
+def here(tmp_path, data, monkeypatch):
+    """A folder with a config and the data set it wants, as working directory."""
+    (tmp_path / 'seg.py').write_text(CONFIG)
+    shutil.copytree(data, tmp_path / 'cityscapes')
+    monkeypatch.chdir(tmp_path)
+    # The tools force safe loading by it; restored for the tests that come after.
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
+    return tmp_path
+
+
+@pytest.fixture
+def train(load_tool, here):
+    return load_tool('train').main
+
+
+def pretrained(path):
+    return [
+        '--cfg-options',
+        'model.backbone.init_cfg.type=Pretrained',
+        f'model.backbone.init_cfg.checkpoint={path}',
+    ]
+
+
+def cut(path, target, share):
+    content = path.read_bytes()
+    target.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_pretrained_weights_that_would_run_code_are_refused(train, here, zipped, monkeypatch):
+    content = dict(state_dict=dict(weight=torch.ones(1)), meta=Payload(here / 'executed'))
+    torch.save(content, here / 'evil.pth', _use_new_zipfile_serialization=zipped)
+    with pytest.raises((SystemExit, pickle.UnpicklingError)):
+        train(['seg.py', *pretrained('evil.pth')])
+    assert not (here / 'executed').exists()
+    assert not list(here.rglob('iter_*.pth'))
+    # The payload is a real one.
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
+    torch.load(here / 'evil.pth', weights_only=False)
+    assert (here / 'executed').exists()
+
+
+def test_a_payload_under_the_key_of_a_weight_is_refused_by_the_converter(load_tool, here, capsys):
+    state_dict = {'stage0.weight': torch.ones(1), 'conv1.weight': Payload(here / 'executed')}
+    torch.save(state_dict, here / 'evil.pth')
+    convert = load_tool('model_converters/mdeq_to_mm').main
+    assert convert(['evil.pth', 'out.pth']) == 1
+    message = capsys.readouterr().err
+    assert 'evil.pth' in message and 'mkdir' in message and 'Nothing was written' in message
+    assert not (here / 'executed').exists() and not (here / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('share', [0.0, 0.3, 0.99])
+def test_truncated_checkpoints_are_named_and_stay_as_they_are(
+    train, load_tool, here, share, capsys
+):
+    runner = train(['seg.py', '--work-dir', 'work'])
+    whole, broken = here / 'work/iter_1.pth', here / 'broken.pth'
+    cut(whole, broken, share)
+    before = broken.read_bytes()
+    for argv in (['--resume', 'broken.pth'], ['--cfg-options', 'load_from=broken.pth']):
+        with pytest.raises(SystemExit, match='broken.pth.*not a checkpoint'):
+            train(['seg.py', *argv])
+    assert load_tool('model_converters/mdeq_to_mm').main(['broken.pth', 'out.pth']) == 1
+    assert 'broken.pth' in capsys.readouterr().err
+    assert broken.read_bytes() == before and not (here / 'out.pth').exists()
+    assert runner.iter == 1
+
+
+def test_automatic_resume_names_a_truncated_latest_checkpoint(train, here):
+    train(['seg.py', '--work-dir', 'work'])
+    latest = here / 'work/iter_1.pth'
+    cut(latest, latest, 0.7)
+    before = latest.read_bytes()
+    with pytest.raises(SystemExit, match='iter_1.pth.*Is the file whole'):
+        train(['seg.py', '--work-dir', 'work', '--resume'])
+    assert latest.read_bytes() == before
+
+
+@pytest.mark.parametrize('content', ['truncated', 'missing', 'payload'])
+def test_pretrained_weights_are_checked_by_name_before_anything_is_built(train, here, content):
+    path = here / 'start.pth'
+    if content == 'truncated':
+        torch.save(dict(state_dict=dict(weight=torch.ones(1000))), path)
+        cut(path, path, 0.5)
+    elif content == 'payload':
+        torch.save(dict(state_dict=Payload(here / 'executed')), path)
+    with pytest.raises(SystemExit, match='start.pth'):
+        train(['seg.py', *pretrained('start.pth')])
+    assert not (here / 'executed').exists() and not (here / 'work_dirs').exists()
+
+
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ('model.backbone.solver.type=Andersen', ['Anderson']),
+        ('model.backbone.solver.max_iters=3', ['max_iter']),
+        ('model.backbone.solver.max_iter=0', ['max_iter', '>= 1']),
+        ('model.backbone.gradient.solver.tol=-1', ['tol', '-1']),
+        ('model.backbone.channels=(8,9)', ['9 channels', '8 groups']),
+        ('model.backbone.drop_rates=0.1', ['drop_rate']),
+        ('model.backbone.norm_cfg.type=BN', ['GN']),
+    ],
+)
+def test_config_errors_come_before_the_data(train, here, monkeypatch, option, words):
+    from mmseg.datasets import CityscapesDataset
+
+    def loaded(self):
+        raise AssertionError('The data set was read before the model was built.')
+
+    monkeypatch.setattr(CityscapesDataset, 'load_data_list', loaded)
+    with pytest.raises((SystemExit, TypeError, ValueError, KeyError)) as error:
+        train(['seg.py', '--cfg-options', option])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_missing_label_is_named(train, here):
+    """Folders are there, one file is not: the first batch that wants it says which."""
+    (label,) = (here / 'cityscapes/gtFine/train').rglob('*_000001_*')
+    label.unlink()
+    with pytest.raises(FileNotFoundError, match=label.name):
+        train(['seg.py'])
+
+
+def test_a_config_is_code_and_says_so_by_failing_where_it_is_wrong(here, load_tool):
+    """A misspelt base is an error of the config's own name, not of a data set."""
+    (here / 'child.py').write_text("_base_ = './sge.py'\n")
+    with pytest.raises((FileNotFoundError, SystemExit), match='sge.py'):
+        load_tool('train').main(['child.py'])
+    assert Config.fromfile('seg.py').model.backbone.type == 'MDEQBackbone'
+
+
+def test_an_empty_folder_is_no_data_set(train, here):
+    """What an unpacking that was broken off leaves behind."""
+    folder = here / 'cityscapes/leftImg8bit/train'
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(SystemExit, match='wants the folder cityscapes/leftImg8bit/train.*empty'):
+        train(['seg.py'])

@@ -1,6 +1,6 @@
 """Draw how data flows through an MDEQ, forward and backward.
 
-    python docs/images/data_flow.py [OUT]
+python docs/images/data_flow.py [OUT]
 """
 
 import argparse
@@ -50,8 +50,8 @@ def paint(axes: Axes) -> None:
     box(axes, 6.75, 2.35, 1.4, 1.4, 'next z\nBroyden,\nAnderson or\nplain step')
     arrow(axes, (6.0, 3.45), (6.75, 3.45), bend=-0.35)
     arrow(axes, (6.75, 2.65), (6.0, 2.65), bend=-0.35)
-    axes.text(6.05, 2.02, 'until |f(z) − z| ≤ tol |f(z)|, at most max_iter calls of f',
-              ha='center', va='center', fontsize=8)  # fmt: skip
+    text = 'until |f(z) − z| ≤ tol |f(z)|, at most max_iter calls of f'
+    axes.text(6.05, 2.02, text, ha='center', va='center', fontsize=8)
 
     arrow(axes, (8.35, 3.05), (9.05, 3.05))
     axes.text(8.7, 3.2, 'z*', fontsize=11, ha='center')
@@ -63,14 +63,15 @@ def paint(axes: Axes) -> None:
     arrow(axes, (14.1, 3.05), (14.55, 3.05))
     axes.text(14.65, 3.05, 'loss', fontsize=9, va='center')
 
-    box(axes, 8.35, 0.25, 2.9, 1.0, 'backward hook: solver for\n' r'$g = J^\top g + v$, one vjp a call',
-        facecolor='#fdf1f1', edgecolor=BACKWARD)  # fmt: skip
+    text = 'backward hook: solver for\n$g = J^\\top g + v$, one vjp a call'
+    box(axes, 8.35, 0.25, 2.9, 1.0, text, facecolor='#fdf1f1', edgecolor=BACKWARD)
     arrow(axes, (14.85, 2.85), (11.25, 0.75), BACKWARD, bend=-0.35)
     axes.text(13.0, 0.55, 'gradient v', color=BACKWARD, fontsize=9)
     arrow(axes, (9.8, 1.25), (9.8, 2.45), BACKWARD)
     axes.text(9.92, 1.75, 'g', color=BACKWARD, fontsize=11)
-    arrow(axes, (9.2, 2.45), (2.15, 2.45), BACKWARD, bend=-0.3)
-    axes.text(3.6, 0.95, 'g to the weights of f, injection and stem', color=BACKWARD, fontsize=9)
+    arrow(axes, (9.3, 2.45), (2.15, 2.45), BACKWARD, bend=-0.5)
+    text = 'through f(z*; x) to the weights of f, injection and stem'
+    axes.text(5.7, 0.3, text, color=BACKWARD, fontsize=9, ha='center')
 
 
 def main() -> None:

@@ -101,7 +101,10 @@ def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and palette as the config's test data set states them; empty where it does not."""
     dataset = cfg.test_dataloader.dataset
-    kind = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    kind = dataset.type
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
     return {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
 
 

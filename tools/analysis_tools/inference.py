@@ -110,9 +110,12 @@ def overlay(
     """(H, W, 3) the picture with its classes painted over it, as mmsegmentation paints."""
     from mmseg.visualization import SegLocalVisualizer
 
-    meta = model.dataset_meta
     visualizer = SegLocalVisualizer(vis_backends=None, save_dir=None, alpha=opacity)
-    visualizer.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+    names = model.dataset_meta.get('classes') or [str(i) for i in range(256)]
+    # Without a palette, colours that are the same each time.
+    colours = np.random.default_rng(0).integers(0, 256, (len(names), 3)).tolist()
+    palette = model.dataset_meta.get('palette') or colours
+    visualizer.dataset_meta = dict(classes=names, palette=palette)
     visualizer.add_datasample(
         'prediction', picture, sample, draw_gt=False, show=False, with_labels=legend
     )

@@ -137,7 +137,7 @@ def paint(recorder: Recorder, tol: float, path: Path) -> None:
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(3.2 * columns + 0.4, 2.7 * rows + 0.5), layout='constrained')
-    plots = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    plots = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for index, (plot, title) in enumerate(zip(plots, titles, strict=False)):
         for name, traces in recorder.traces.items():
             curves = torch.stack(traces)[..., index]
@@ -150,7 +150,7 @@ def paint(recorder: Recorder, tol: float, path: Path) -> None:
         plot.set_title(title, fontsize=10)
         plot.set_yscale('log')
         plot.grid(alpha=0.3)
-    for plot in list(plots)[len(titles) :]:
+    for plot in plots[len(titles) :]:
         plot.set_axis_off()
     figure.supxlabel('calls of f', fontsize=10)
     figure.supylabel('relative residual', fontsize=10)

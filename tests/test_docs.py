@@ -1,0 +1,247 @@
+"""Every command of README.md and docs/: its script, flags, configs and settings exist.
+
+What takes seconds is run as well. Training and the analysis tools have tests of their own, which
+run them on small data.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from packaging.requirements import Requirement
+
+import mdeq_mm  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(ROOT.glob('docs/*.md')) + [ROOT / 'README.md']
+# A shell's own lines: they set up what the commands below them name.
+SETTING = re.compile(r'\w+\(\) \{|\w+=')
+
+
+def fenced(page, language):
+    return re.findall(rf'```{language}\n(.*?)```', page.read_text(), flags=re.DOTALL)
+
+
+def commands_of(page):
+    """The page's commands as lists of arguments, as bash itself splits and expands them."""
+    text = '\n'.join(fenced(page, 'bash')).replace('\\\n', ' ')
+    script = ['set -eu']
+    for line in text.splitlines():
+        if SETTING.match(line):
+            script.append(line)
+        elif line.strip() and not line.startswith('#'):
+            script += [f"printf '%s\\n' {line}", 'echo']
+    if len(script) == 1:
+        return []
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    done = subprocess.run(
+        ['bash', '-c', '\n'.join(script)],
+        cwd=ROOT,
+        env={**os.environ, 'PATH': path},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [block.split('\n') for block in done.stdout.strip('\n').split('\n\n')]
+
+
+COMMANDS = [
+    pytest.param(command, id=f'{page.name}: {" ".join(command)[:90]}')
+    for page in PAGES
+    for command in commands_of(page)
+]
+
+
+class Parsed(Exception):
+    """Raised in place of going on once the command line was understood."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Give a function that lets a script read a command line, and stops it there."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        raise Parsed(original(self, args, namespace))
+
+    def run(path, arguments):
+        monkeypatch.syspath_prepend(str(path.parent))
+        monkeypatch.setattr(sys, 'argv', [str(path), *arguments])
+        spec = importlib.util.spec_from_file_location(f'doc_{path.stem}', path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+            patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+            getattr(module, 'parse_args', module.main)()
+        return found.value.args[0]
+
+    return run
+
+
+def check_configs(arguments, options):
+    """The configs that a command names exist; settings of ours make a model that builds."""
+    for name in arguments:
+        if re.search(r'(^|/)configs/.*\.py$', name):
+            assert (ROOT / name).is_file(), f'{name} does not exist'
+            if options and name.startswith('configs/'):
+                build(Config.fromfile(ROOT / name), options)
+
+
+def build(cfg, options):
+    before = set(flat(cfg))
+    cfg.merge_from_dict(options)
+    # A new key is a misspelt one, unless it belongs to a part whose class may take it.
+    new = [key for key in options if key not in before and not key.startswith('model.')]
+    assert all(key.startswith('optim_wrapper.') for key in new), new
+    init_default_scope(cfg.default_scope)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+        MODELS.build(cfg.model)
+
+
+def flat(node, prefix=''):
+    """Every dotted name in a config, inner nodes included."""
+    items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
+    for key, value in items:
+        yield f'{prefix}{key}'
+        if isinstance(value, (dict, list, tuple)):
+            yield from flat(value, f'{prefix}{key}.')
+
+
+def check_make(*targets):
+    text = (ROOT / 'Makefile').read_text()
+    for target in targets:
+        assert re.search(rf'^{target}:', text, flags=re.MULTILINE), f'no target {target}'
+
+
+def check_pip(verb, *arguments):
+    assert verb == 'install'
+    for name in arguments:
+        if name.startswith('.['):
+            extras = Requirement(f'mdeq-mm{name[1:]}').extras
+            known = re.findall(r"'(\w+)': requirements\(", (ROOT / 'setup.py').read_text())
+            assert extras <= set(known)
+        else:
+            # Another project: one that the requirements or a tool of this one asks for.
+            files = [*ROOT.glob('requirements/*.txt'), *ROOT.glob('tools/**/*.py')]
+            asked = any(name in file.read_text() for file in files)
+            assert name in ('.', '-e') or asked, name
+
+
+def check_module(name, *arguments):
+    """A module run by ``python -m``: cheap enough to run."""
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, '-m', name, *arguments], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_command(command, parse):
+    program, *arguments = command
+    if program == 'make':
+        return check_make(*arguments)
+    if program == 'pip':
+        return check_pip(*arguments)
+    if program == 'python' and arguments[0] == '-m':
+        return check_module(*arguments[1:])
+    assert program in ('python', 'bash')
+    script, *rest = arguments
+    path = ROOT / script
+    assert path.is_file(), f'{script} does not exist'
+    if program == 'bash':
+        # The launchers: number of processes, then the flags of train.py or test.py.
+        count = 1 if 'train' in script else 2
+        assert rest.pop(count).isdigit()
+        path = path.with_name(path.name.replace('dist_', '').replace('.sh', '.py'))
+    found = parse(path, rest)
+    options = getattr(found, 'cfg_options', None)
+    check_configs(rest, options if isinstance(options, dict) else None)
+
+
+def test_the_pages_hold_commands():
+    counts = {page.name: len(commands_of(page)) for page in PAGES}
+    assert counts.pop('baselines.md') >= 4 and all(counts.values())
+
+
+def test_a_misspelt_setting_is_found():
+    cfg = Config.fromfile(ROOT / 'configs/mdeq_tiny_digits.py')
+    with pytest.raises(TypeError, match='max_itr'):
+        build(cfg.copy(), {'model.backbone.solver.max_itr': 3})
+    with pytest.raises(AssertionError):
+        build(cfg.copy(), {'train_dataloader.batchsize': 3})
+
+
+CHEAP = ('tools/dataset_converters/digits.py', 'tools/analysis_tools/get_flops.py')
+
+
+@pytest.mark.parametrize(
+    'command', [c for c in COMMANDS if c.values[0][0] == 'python' and c.values[0][1] in CHEAP]
+)
+def test_cheap_command_runs(command, tmp_path):
+    for name in ('tools', 'configs'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [sys.executable, *command[1:]],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_picture_of_the_data_flow_is_drawn(tmp_path):
+    script = ROOT / 'docs/images/data_flow.py'
+    subprocess.run([sys.executable, str(script), str(tmp_path / 'a.png')], check=True)
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    targets = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+    local = [target.split('#')[0] for target in targets if '://' not in target]
+    for target in filter(None, local):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_lists_every_page():
+    readme = (ROOT / 'README.md').read_text()
+    for page in ROOT.glob('docs/*.md'):
+        assert f'(docs/{page.name})' in readme, page.name
+
+
+@pytest.mark.parametrize(
+    'code',
+    [c for page in PAGES for c in fenced(page, 'python') if c.startswith('import')],
+    ids=lambda code: code.splitlines()[0],
+)
+def test_python_snippet_runs(code, capsys):
+    pytest.importorskip('mmpretrain')
+    names = {}
+    exec(compile(code, 'snippet', 'exec'), names)
+    assert 'mdeq_small_imagenet' in capsys.readouterr().out
+    assert names['model'].backbone.implicit.solver.max_iter == 30
+
+
+def test_the_config_snippet_makes_a_model():
+    (code,) = [c for c in fenced(ROOT / 'README.md', 'python') if c.startswith('custom_imports')]
+    snippet = Config.fromstring(code, '.py')
+    cfg = Config.fromfile(ROOT / 'configs/mdeq_small_cityscapes.py')
+    cfg.merge_from_dict(dict(model=dict(backbone=snippet.model.backbone)))
+    build(cfg, {})
+
+
+def test_options_are_read_as_the_shell_gives_them():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    found = parser.parse_args(['--cfg-options', 'custom_hooks=[]']).cfg_options
+    assert found == dict(custom_hooks=[])

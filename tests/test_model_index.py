@@ -1,0 +1,129 @@
+"""model-index.yml and the metafiles, as mmpretrain's model hub reads them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mdeq_mm
+from mdeq_mm.model_index import config_root
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+MODELS = [m for file in FILES for m in yaml.safe_load((ROOT / file).read_text())['Models']]
+
+
+def scope_of(config):
+    """mmseg or mmpretrain, by the runtime the config or what it inherits from names."""
+    text = (ROOT / 'configs' / config).read_text()
+    if 'runtime_' in text:
+        return dict(seg='mmseg', cls='mmpretrain')[re.search(r'runtime_(seg|cls)', text)[1]]
+    return scope_of(re.search(r"_base_ = \['\./(\w+\.py)'\]", text)[1])
+
+
+def test_every_config_but_the_demos_is_listed_once():
+    wanted = {p.stem for p in (ROOT / 'configs').glob('*.py') if 'demo' not in p.stem}
+    names = [model['Name'] for model in MODELS]
+    assert len(names) == len(set(names)) and set(names) == wanted
+    assert all(model['Config'] == f'configs/{model["Name"]}.py' for model in MODELS)
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
+def test_task_is_that_of_the_config(model):
+    task = dict(mmseg='Semantic Segmentation', mmpretrain='Image Classification')
+    (result,) = model['Results']
+    assert result['Task'] == task[scope_of(f'{model["Name"]}.py')]
+    assert model['Weights'] is None
+
+
+def _published(pages):
+    """name: (parameters, first published number) by the rows of the tables."""
+    rows = {}
+    for page, parameters, result in pages:
+        for line in (ROOT / page).read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip('|').split('|')]
+            name = re.search(r'`(?:configs/)?(\w+)\.py`', line)
+            if line.startswith('|') and name and '$' not in line:
+                count = cells[parameters].split('/')[0].strip().replace(',', '')
+                rows[name[1]] = int(count), re.match(r'[\d.]+', cells[result])[0]
+    return rows
+
+
+def test_numbers_are_those_of_the_readme_and_the_baselines():
+    rows = _published([('README.md', 2, 3), ('docs/baselines.md', 3, 4)])
+    for model in MODELS:
+        metrics = model['Results'][0]['Metrics']
+        if metrics is None:
+            assert model['Name'] not in rows
+            continue
+        parameters, number = rows[model['Name']]
+        assert model['Metadata']['Parameters'] == parameters
+        assert next(iter(metrics.values())) == float(number)
+
+
+@pytest.fixture
+def hub():
+    pytest.importorskip('mmpretrain')
+    mdeq_mm.register_models()
+    mdeq_mm.register_models()
+    import mmpretrain
+
+    return mmpretrain
+
+
+def test_models_are_listed(hub):
+    names = hub.list_models('*mdeq*', task='Image Classification')
+    assert 'mdeq_small_imagenet' in names and len(names) == 7
+    # Segmentors are not mmpretrain's to build.
+    assert not [name for name in hub.list_models('*mdeq*') if 'cityscapes' in name]
+
+
+def test_a_model_is_built_by_name_with_changes(hub):
+    model = hub.get_model('mdeq_tiny_cifar10', backbone=dict(solver=dict(max_iter=2)))
+    assert sum(p.numel() for p in model.parameters()) == 158986
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 8, 8), mode='tensor').shape == (1, 10)
+
+
+def test_registering_needs_mmpretrain(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmpretrain.apis', None)
+    monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+    with pytest.raises(ModuleNotFoundError, match='mmpretrain'):
+        mdeq_mm.register_models()
+
+
+def test_a_wheel_reads_its_own_copy(tmp_path, monkeypatch):
+    package = tmp_path / 'mdeq_mm'
+    monkeypatch.setattr('mdeq_mm.model_index.__file__', str(package / 'model_index.py'))
+    with pytest.raises(FileNotFoundError, match='metafile'):
+        config_root()
+    (package / '.mim/configs').mkdir(parents=True)
+    (package / '.mim/configs/metafile.yml').touch()
+    assert config_root() == package / '.mim'
+
+
+def test_a_built_package_serves_models_from_a_foreign_folder(tmp_path):
+    pytest.importorskip('mmpretrain')
+    build = ['build', '--build-base', str(tmp_path), '--build-lib', str(tmp_path / 'lib')]
+    command = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), *build]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    mim = tmp_path / 'lib/mdeq_mm/.mim'
+    assert all((mim / name).is_file() for name in ('model-index.yml', *FILES))
+    code = (
+        'import mdeq_mm; mdeq_mm.register_models()\n'
+        'from mmpretrain import get_model\n'
+        "print(get_model('mdeq_tiny_cifar10')._config.filename)"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path / 'lib')},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == str(mim / 'configs/mdeq_tiny_cifar10.py'), done.stderr

@@ -38,3 +38,9 @@ def one_thread():
 def plain_config_dump(monkeypatch):
     """A Runner prints its config through yapf, which costs more than these tests' training."""
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch):
+    """What tools set for their whole process does not reach the next test."""
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)

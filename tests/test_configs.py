@@ -132,3 +132,36 @@ def test_knobs_are_reached_from_the_command_line():
         backbone = build(cfg).backbone
     assert backbone.implicit.solver.max_iter == 3
     assert type(backbone.implicit.gradient.solver).__name__ == 'Anderson'
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_neck_and_heads_fit_the_scales_of_the_backbone(name, load_tool):
+    load_tool('_common').check_scales(load(name).model)
+
+
+@pytest.mark.parametrize(
+    'name, options, words',
+    [
+        (
+            'mdeq_small_cityscapes',
+            {'model.backbone.channels': (32, 64, 128)},
+            ['model.decode_head', '3 scales of [32, 64, 128]', 'in_index=[0, 1, 2, 3]'],
+        ),
+        (
+            'mdeq_small_cityscapes',
+            {'model.backbone.out_indices': (0, 1)},
+            ['model.decode_head', '2 scales of [32, 64]'],
+        ),
+        (
+            'mdeq_tiny_cifar10',
+            {'model.backbone.channels': (24, 24, 24)},
+            ['model.neck.in_channels is [24, 24]', '[24, 24, 24]'],
+        ),
+    ],
+)
+def test_scales_that_disagree_are_named_before_anything_is_built(name, options, words, load_tool):
+    cfg = load(name)
+    cfg.merge_from_dict(options)
+    with pytest.raises(ValueError) as error:
+        load_tool('_common').check_scales(cfg.model)
+    assert all(word in str(error.value) for word in words), error.value

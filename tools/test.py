@@ -8,6 +8,7 @@ from _common import (
     build_runner,
     check_checkpoint,
     check_data,
+    check_scales,
     fit_to_machine,
     leave_process_group,
     load_config,
@@ -149,6 +150,7 @@ def prepare(args: argparse.Namespace) -> Config:
         set_map_folder(cfg, args.out)
     set_dataloader_defaults(cfg, args)
     merge_options(cfg, args.cfg_options)
+    check_scales(cfg.model)
     # After the options: they name the parts of the model as the config has them.
     if args.tta:
         set_tta(cfg)

@@ -7,6 +7,7 @@ from _common import (
     build_runner,
     check_checkpoint,
     check_data,
+    check_scales,
     fit_to_machine,
     leave_process_group,
     load_config,
@@ -98,6 +99,7 @@ def prepare(args: argparse.Namespace) -> Config:
         checkpoint = find_latest_checkpoint(cfg.work_dir)
     for path in (checkpoint, *pretrained_files(cfg.get('model'))):
         check_checkpoint(path)
+    check_scales(cfg.model)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
     return cfg
 

@@ -10,6 +10,7 @@ from typing import Dict, List, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.registry import DefaultScope, Registry
 from mmpretrain.registry import MODELS as CLASSIFIERS
 from mmseg.registry import MODELS as SEGMENTORS
 from torch import Tensor, nn
@@ -243,8 +244,16 @@ def backbone_cfg(channels, expansion, strides, num_groups, solver, gradient_solv
     )
 
 
+def _build(registry: Registry, scope: str, cfg: Dict) -> nn.Module:
+    # Whatever scope an earlier Runner of the process left as the default.
+    with DefaultScope.overwrite_default_scope(scope):
+        return registry.build(cfg).eval()
+
+
 def build_classifier(backbone: Dict, head_channels, out_channels: int, classes: int) -> nn.Module:
-    return CLASSIFIERS.build(
+    return _build(
+        CLASSIFIERS,
+        'mmpretrain',
         dict(
             type='ImageClassifier',
             backbone=backbone,
@@ -258,13 +267,15 @@ def build_classifier(backbone: Dict, head_channels, out_channels: int, classes: 
                 dict(type='GlobalAveragePooling'),
             ],
             head=dict(type='LinearClsHead', num_classes=classes, in_channels=out_channels),
-        )
-    ).eval()
+        ),
+    )
 
 
 def build_segmentor(backbone: Dict, classes: int) -> nn.Module:
     channels = backbone['channels']
-    return SEGMENTORS.build(
+    return _build(
+        SEGMENTORS,
+        'mmseg',
         dict(
             type='EncoderDecoder',
             backbone=backbone,
@@ -281,5 +292,5 @@ def build_segmentor(backbone: Dict, classes: int) -> nn.Module:
                 num_classes=classes,
                 norm_cfg=dict(type='BN'),
             ),
-        )
-    ).eval()
+        ),
+    )

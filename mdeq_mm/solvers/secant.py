@@ -114,11 +114,12 @@ class SecantSolver(Solver):
     and nothing quadratic in ``memory`` times D. Memory: two states a remembered step.
     """
 
+    #: Share of y in the images, and of g in the step.
+    mixing = 1.0
+
     def __init__(self, max_iter: int, tol: float, memory: int) -> None:
         super().__init__(max_iter, tol)
         self.memory = check_int(type(self).__name__, 'memory', memory, minimum=1)
-
-    mixing = 1.0
 
     def init(self, z0: Tensor) -> SecantState:
         n, d = z0.shape

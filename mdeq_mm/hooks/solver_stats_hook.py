@@ -94,7 +94,9 @@ class SolverStatsHook(Hook):
             ]
             if not found:
                 continue
-            values = [[stats.summary()[field] for field in _FIELDS] for stats in found]
+            # One summary each: every one waits for the device.
+            summaries = [stats.summary() for stats in found]
+            values = [[summary[field] for field in _FIELDS] for summary in summaries]
             mean = torch.tensor(values).mean(0)
             mean = _mean_over_processes(mean) if reduce else mean.tolist()
             scalars.update({f'{prefix}{field}': value for field, value in zip(_FIELDS, mean)})

@@ -188,21 +188,6 @@ def suite_solver(args: argparse.Namespace) -> Dict[str, Any]:
     return rows(times, base='f alone', caption=f'time over {args.nfe} calls of f')
 
 
-class _Unrolled(nn.Module):
-    """Stem, injection and ``layers`` calls of f with plain backpropagation."""
-
-    def __init__(self, net: MDEQBackbone, layers: int) -> None:
-        super().__init__()
-        self.net, self.layers = net, layers
-
-    def forward(self, x: Tensor):
-        self.net.implicit.unrolled_layers = self.layers
-        try:
-            return self.net(x)
-        finally:
-            self.net.implicit.unrolled_layers = 0
-
-
 class _Torchdeq(nn.Module):
     """The same network with torchdeq's solvers in place of ours."""
 
@@ -252,7 +237,7 @@ def suite_step(args: argparse.Namespace) -> Dict[str, Any]:
         'mdeq_mm Broyden + Jacobian-free': train_step(
             backbone(device, nfe, gradient=dict(type='JacobianFreeGradient'), **TINY), x
         ),
-        f'{nfe} unrolled layers': train_step(_Unrolled(backbone(device, **TINY), nfe), x),
+        f'{nfe} unrolled layers': train_step(backbone(device, unrolled_layers=nfe, **TINY), x),
         'ResNet-101 (mmpretrain)': train_step(_resnet101(device), x),
     }
     try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdeq_mm.implicit import ImplicitLayer, pack, unpack
-from mdeq_mm.solvers import Status
+from mdeq_mm.solvers import Anderson, Status
 
 SHAPES = [(4, 5, 7), (6, 3, 4), (2, 1, 1)]
 
@@ -60,3 +60,30 @@ def test_stats_tell_what_both_solves_did():
     assert (forward.status == Status.CONVERGED).all() and (forward.residual <= 1e-4).all()
     assert forward.summary()['nfe'] == forward.num_iter[0].item()
     assert backward.summary() == pytest.approx(dict(nfe=1, residual=1 / 3, converged=0, failed=0))
+
+
+def test_evaluation_may_spend_other_calls():
+    solver = dict(type='FixedPointIteration', max_iter=9, tol=0)
+    gradient = dict(type='JacobianFreeGradient')
+    layer = ImplicitLayer(solver, gradient, eval_solver=dict(max_iter=4))
+    anderson = dict(type='Anderson', max_iter=3, tol=0)
+    other = ImplicitLayer(solver, gradient, eval_solver=anderson)
+    same = ImplicitLayer(solver, gradient)
+
+    def calls(module):
+        module(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
+        return module.forward_stats.num_iter.tolist()
+
+    assert [calls(m.train()) for m in (layer, other, same)] == [[9, 9]] * 3
+    assert [calls(m.eval()) for m in (layer, other, same)] == [[4, 4], [3, 3], [9, 9]]
+    assert isinstance(other.current_solver, Anderson)
+
+
+def test_wrong_evaluation_solver_is_refused():
+    gradient = dict(type='JacobianFreeGradient')
+    with pytest.raises(TypeError, match='max_itr.*max_iter'):
+        ImplicitLayer(dict(type='Anderson'), gradient, eval_solver=dict(max_itr=4))
+    with pytest.raises(TypeError, match="Give eval_solver a 'type'"):
+        ImplicitLayer(Anderson(), gradient, eval_solver=dict(max_iter=4))
+    with pytest.raises(TypeError, match='got 4'):
+        ImplicitLayer(dict(type='Anderson'), gradient, eval_solver=4)

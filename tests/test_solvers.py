@@ -324,3 +324,54 @@ def test_an_own_solver_needs_two_methods():
     problem = cosine()
     found = solve(problem.f, problem.start, Halfway(max_iter=60, tol=1e-10))
     torch.testing.assert_close(found.z, problem.solution)
+
+
+@every_solver
+@pytest.mark.parametrize('tol', [1e-8, 1e-2])
+def test_solved_rows_stop_costing_and_change_nothing(make, tol):
+    # Contractions of very different speed: rows finish one after the other.
+    rates = torch.tensor([0.0, 0.0, 0.0, 0.001, 0.4, 0.8, 0.9], dtype=torch.float64)
+    torch.manual_seed(0)
+    shift = torch.randn(7, 20, dtype=torch.float64)
+    mix = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))[0]
+    sizes = []
+
+    def f_of_rows(rows):
+        def f(z):
+            sizes.append(len(z))
+            return rates[rows, None] * torch.tanh(z @ mix) + shift[rows]
+
+        return f
+
+    f = f_of_rows(torch.arange(7))
+    z0 = torch.zeros(7, 20, dtype=torch.float64)
+    solver = make(max_iter=60, tol=tol)
+    whole, calls = solve(f, z0, solver), len(sizes)
+    assert sizes == [7] * calls
+    sizes.clear()
+    part = solve(f, z0, solver, f_of_rows=f_of_rows)
+    assert len(sizes) == calls and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 7 and sizes[-1] <= 3 and len(set(sizes)) >= 2
+    assert torch.equal(z0, torch.zeros_like(z0))
+    for name in ('z', 'residual', 'num_iter', 'status', 'trace'):
+        got, wanted = getattr(part, name), getattr(whole, name)
+        assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12), name
+    # The state that is asked for is that of all rows.
+    kept = solve(f, z0, solver, keep_state=True, f_of_rows=f_of_rows)
+    assert torch.equal(kept.z, whole.z) and sizes[-1] == 7
+
+
+def test_rows_that_are_left_alone_may_fail_or_run_out():
+    scale = torch.tensor([0.1, 0.1, 0.1, 3.0, float('nan')], dtype=torch.float64)
+
+    def f_of_rows(rows):
+        return lambda z: scale[rows, None] * z + 1
+
+    f, z0 = f_of_rows(torch.arange(5)), torch.ones(5, 2, dtype=torch.float64)
+    for limit in (1, 2, 12, 40):
+        solver = FixedPointIteration(max_iter=limit, tol=1e-3)
+        part = solve(f, z0, solver, f_of_rows=f_of_rows)
+        whole = solve(f, z0, solver)
+        for name in ('z', 'residual', 'num_iter', 'status', 'trace'):
+            got, wanted = getattr(part, name), getattr(whole, name)
+            torch.testing.assert_close(got, wanted, equal_nan=True)

@@ -1,8 +1,9 @@
 """The one loop every solver runs in: residuals, stopping, best iterate, guards."""
 
 import enum
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Tuple
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -96,9 +97,23 @@ class Solver:
         """
         raise NotImplementedError
 
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """A copy of the state for some rows alone.
+
+        A state is None or a dataclass; its tensors have a row for each sample.
+        """
+        if state is None:
+            return None
+        tensors = {k: v[rows] for k, v in vars(state).items() if isinstance(v, Tensor)}
+        return replace(state, **tensors)
+
     def __repr__(self) -> str:
         knobs = ', '.join(f'{k}={v!r}' for k, v in vars(self).items())
         return f'{type(self).__name__}({knobs})'
+
+
+# Attributes of a record with one row a sample.
+_PER_ROW = ('best', 'residual', 'num_iter', 'status', 'active')
 
 
 class _Record:
@@ -112,8 +127,26 @@ class _Record:
         self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)
         self.status = torch.full_like(self.num_iter, int(Status.EXHAUSTED))
         self.active = torch.ones(n, dtype=torch.bool, device=z0.device)
-        self.limit = None
-        self.trace = []
+        self.num_active = n
+        self.limit: Optional[Tensor] = None
+        self.trace: List[Tensor] = []
+
+    def select(self, rows: Tensor) -> '_Record':
+        """A record of some rows alone that goes on from here."""
+        part = copy(self)
+        for name in (*_PER_ROW, 'limit'):
+            setattr(part, name, getattr(self, name)[rows])
+        part.num_active, part.trace = len(rows), [residual[rows] for residual in self.trace]
+        return part
+
+    def merge(self, rows: Tensor, part: '_Record') -> None:
+        """Take in what a selection came to."""
+        for residual in part.trace[len(self.trace) :]:
+            self.trace.append(self.trace[-1].index_copy(0, rows, residual))
+        for name in _PER_ROW:
+            # Not in place: the best iterate may still be the caller's start.
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
+        self.num_active = part.num_active
 
     def update(self, norm_g: Tensor, norm_f: Tensor) -> Tuple[Tensor, bool, bool]:
         """Take in one evaluation.
@@ -124,7 +157,7 @@ class _Record:
 
         Returns:
             tuple: (N,) which samples improved; whether all did; whether none is active any
-            more. The last two cost the iteration's one transfer to the host.
+            more. The last two and ``num_active`` cost the iteration's one transfer to the host.
         """
         residual = _relative(norm_g, norm_f)
         if self.limit is None:
@@ -150,9 +183,9 @@ class _Record:
             # A graph cannot branch on values: all evaluations are in it, and masks freeze samples.
             self.all_active = False
             return improved, False, False
-        flags = torch.stack([improved.all(), self.active.all(), self.active.any()])
-        all_improved, self.all_active, any_active = flags.tolist()
-        return improved, all_improved, not any_active
+        all_improved, self.num_active = torch.stack([improved.all(), self.active.sum()]).tolist()
+        self.all_active = self.num_active == len(improved)
+        return improved, bool(all_improved), self.num_active == 0
 
 
 def _relative(norm_g: Tensor, norm_f: Tensor) -> Tensor:
@@ -163,7 +196,13 @@ def _relative(norm_g: Tensor, norm_f: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> Solution:
+def solve(
+    f: Function,
+    z0: Tensor,
+    solver: Solver,
+    keep_state: bool = False,
+    f_of_rows: Optional[Callable[[Tensor], Function]] = None,
+) -> Solution:
     """Find z with f(z) = z, one independent problem per row.
 
     Runs without grad. A sample that reached ``solver.tol`` is frozen, so its answer does not
@@ -175,15 +214,46 @@ def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> 
         z0 (Tensor): (N, D) where to start; zeros in an MDEQ (paper, §3.2).
         solver (Solver): The method and its limits.
         keep_state (bool): Put the solver's final state on the solution.
+        f_of_rows: Given indices (K,), the (K, D) -> (K, D) that f is for these rows. With it
+            frozen samples stop costing: whenever at most half the rows are active, only those
+            go on. Not used with ``keep_state``, which wants the state of all.
     """
     if z0.dim() != 2 or not z0.is_floating_point():
         raise ValueError(f'z0 must be a floating (N, D) tensor, got {z0.dtype} {tuple(z0.shape)}.')
-    z = z0 = z0.detach()
-    record, state, step = _Record(z0, solver.tol), solver.init(z0), None
+    z0 = z0.detach()
+    record, state = _Record(z0, solver.tol), solver.init(z0)
+    if keep_state or torch.compiler.is_exporting():
+        f_of_rows = None
+    _iterate(f, z0, None, state, record, solver, f_of_rows)
+    return Solution(
+        z=record.best,
+        residual=record.residual,
+        num_iter=record.num_iter,
+        trace=torch.stack(record.trace),
+        status=record.status,
+        state=state if keep_state else None,
+    )
+
+
+def _iterate(
+    f: Function,
+    z: Tensor,
+    step: Optional[Tensor],
+    state: Any,
+    record: _Record,
+    solver: Solver,
+    f_of_rows: Optional[Callable[[Tensor], Function]],
+) -> None:
+    """Iterate from ``z`` until no row is active or the evaluations are spent; fills ``record``.
+
+    ``step`` is the displacement that led to ``z``, None at a start, which belongs to the caller.
+    """
+    # Nobody else has what a selection of rows starts from.
+    borrowed = z if step is None else None
     # Large buffers are made once and used in turn: fresh memory costs more than the arithmetic.
     # The solver keeps one g while the next is written.
-    g_buffers = (torch.empty_like(z0), torch.empty_like(z0))
-    for evaluation in range(1, solver.max_iter + 1):
+    g_buffers = (torch.empty_like(z), torch.empty_like(z))
+    for evaluation in range(len(record.trace) + 1, solver.max_iter + 1):
         fz = f(z)
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
@@ -195,7 +265,7 @@ def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> 
         if all_improved:
             record.best, free = z, record.best
         else:
-            best = record.best if record.best is not z0 else torch.empty_like(z0)
+            best = record.best if record.best is not borrowed else torch.empty_like(z)
             torch.where(improved[:, None], z, record.best, out=best)
             record.best, free = best, z
         if done or evaluation == solver.max_iter:
@@ -205,13 +275,30 @@ def solve(f: Function, z0: Tensor, solver: Solver, keep_state: bool = False) -> 
             step = solver.step(state, g, step)
         if not record.all_active:
             step = step.masked_fill(~record.active[:, None], 0)
-        # The start belongs to the caller.
-        z = z + step if free is z0 else torch.add(z, step, out=free)
-    return Solution(
-        z=record.best,
-        residual=record.residual,
-        num_iter=record.num_iter,
-        trace=torch.stack(record.trace),
-        status=record.status,
-        state=state if keep_state else None,
+        z = z + step if free is borrowed else torch.add(z, step, out=free)
+        if f_of_rows is not None and 2 * record.num_active <= len(z):
+            _go_on_with_active(z, step, state, record, solver, f_of_rows)
+            break
+
+
+def _go_on_with_active(
+    z: Tensor,
+    step: Tensor,
+    state: Any,
+    record: _Record,
+    solver: Solver,
+    f_of_rows: Callable[[Tensor], Function],
+) -> None:
+    """Finish the solve on the rows that are still active."""
+    rows = record.active.nonzero().squeeze(1)
+    part = record.select(rows)
+    _iterate(
+        f_of_rows(rows),
+        z[rows],
+        step[rows],
+        solver.select(state, rows),
+        part,
+        solver,
+        lambda index: f_of_rows(rows[index]),
     )
+    record.merge(rows, part)

@@ -109,6 +109,28 @@ def test_answer_for_an_image_does_not_depend_on_its_batch():
             torch.testing.assert_close(t[i], alone[0], atol=1e-9, rtol=1e-7)
 
 
+def test_evaluation_goes_on_with_unsolved_images_alone():
+    # Blank images have their equilibrium sooner.
+    x = (
+        torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        * torch.tensor([1e-6, 1e-6, 1, 1])[:, None, None, None].double()
+    )
+    options = dict(solver=broyden(40, tol=1e-6), stem_norm_cfg=dict(type='GN', num_groups=8))
+    outs, calls = [], []
+    for skip in (False, True):
+        net = contracting(tiny(skip_solved=skip, **options)).double().eval()
+        sizes = []
+        net.cell.register_forward_hook(lambda cell, args, out, s=sizes: s.append(len(out[0])))
+        with torch.no_grad():
+            outs.append(net(x))
+        calls.append(sizes)
+    assert set(calls[0]) == {4} and len(calls[1]) == len(calls[0])
+    # The call after the solve is for all.
+    assert calls[1][-1] == 4 and 1 <= min(calls[1]) <= 2
+    for got, wanted in zip(*outs):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_input_gets_a_gradient_in_evaluation():
     net = tiny().eval()
     x = torch.randn(1, 3, 8, 8, requires_grad=True)

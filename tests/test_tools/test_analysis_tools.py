@@ -127,6 +127,33 @@ class TestPlotConvergence:
         assert 'at least 1' in capsys.readouterr().err
 
 
+class TestAccuracyVsNFE:
+    def test_each_row_is_a_test_at_that_many_calls(self, load_tool, helpers, tiny):
+        tool = load_tool('analysis_tools/accuracy_vs_nfe')
+        weights = save_checkpoint(helpers, 'seg.py')
+        flags = ['--nfe', '1', '5', '--out', 'pictures/a.png']
+        options = ['test_dataloader.num_workers=0', 'model.backbone.solver.tol=0']
+        rows = tool.main(['seg.py', weights, *flags, '--cfg-options', *options])
+        assert [row['nfe'] for row in rows] == [row['deq_nfe'] for row in rows] == [1, 5]
+        assert rows[1]['deq_residual'] < rows[0]['deq_residual']
+        assert 'mIoU' in rows[0] and cv2.imread('pictures/a.png').std() > 10
+        assert json.loads(Path('pictures/a.json').read_text()) == rows
+
+    def test_wrong_arguments_are_one_line(self, load_tool, helpers, tiny, capsys):
+        tool = load_tool('analysis_tools/accuracy_vs_nfe')
+        weights = save_checkpoint(helpers, 'seg.py')
+        with pytest.raises(SystemExit):
+            tool.main(['seg.py', weights, '--nfe', '0'])
+        assert 'at least one call' in capsys.readouterr().err
+        for config, options, words in (
+            ('no.py', [], 'no.py does not exist'),
+            ('seg.py', ['model.backbone.unrolled_layers=2'], 'unrolls 2 layers'),
+        ):
+            flags = ['--nfe', '1', '--cfg-options', 'test_dataloader.num_workers=0', *options]
+            code, _, err = run('accuracy_vs_nfe', config, weights, *flags)
+            assert code == 1 and words in err and 'Traceback' not in err
+
+
 class TestInference:
     @pytest.mark.parametrize('config', ['cls.py', 'seg.py'])
     @pytest.mark.parametrize('flags', [[], ['--equilibrium', '2']], ids=['plain', 'equilibrium'])

@@ -74,7 +74,7 @@ class _OneCall(nn.Module):
         super().__init__()
         self.counter, self.marks, self.state = counter, [], 0
 
-    def forward(self, f: Function, z0: Tensor) -> Tensor:
+    def forward(self, f: Function, z0: Tensor, f_of_rows: object = None) -> Tensor:
         self.state = z0.shape[1]
         self.marks.append(self.counter.get_total_flops())
         with parametrize.cached():
@@ -101,7 +101,7 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
     backbone = the_backbone(model)
     implicit = backbone.implicit
     # Calls of the solver and one more; as many as there are layers where they are unrolled.
-    nfe = implicit.unrolled_layers or implicit.solver.max_iter + 1
+    nfe = implicit.unrolled_layers or implicit.current_solver.max_iter + 1
     x = torch.zeros(1, backbone.stem[0].in_channels, *shape, device='meta')
     counter = FlopCounterMode(display=False)
     backbone.implicit = one = _OneCall(counter)

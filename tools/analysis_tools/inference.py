@@ -85,13 +85,13 @@ def predict_by_calls(
         measures none.
     """
     implicit = the_backbone(model).implicit
-    calls = calls or implicit.unrolled_layers or implicit.solver.max_iter
+    calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
         if implicit.unrolled_layers:
             implicit.unrolled_layers = number
         else:
-            implicit.solver.max_iter = number
+            implicit.current_solver.max_iter = number
         sample = predict(model, data)
         stats = implicit.forward_stats
         found.append((sample, None if stats is None else float(stats.residual[0])))

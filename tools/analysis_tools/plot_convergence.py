@@ -84,7 +84,7 @@ class Recorder(nn.Module):
         self.shapes = [tuple(out.shape[1:]) for out in outs]
 
     @torch.no_grad()
-    def forward(self, f: Function, z0: Tensor) -> Tensor:
+    def forward(self, f: Function, z0: Tensor, f_of_rows: object = None) -> Tensor:
         """Solve with each solver; (N, D) what the last one found."""
         with parametrize.cached():
             for name, solver in self.solvers.items():
@@ -122,7 +122,7 @@ def record(args: argparse.Namespace) -> tuple[Recorder, float]:
         check_data(cfg, ('test_dataloader',))
         model = load_model(cfg, args.checkpoint, args.device)
         backbone = the_backbone(model)
-    tol = backbone.implicit.solver.tol
+    tol = backbone.implicit.current_solver.tol
     recorder = Recorder(backbone, make_solvers(args.nfe, args.memory))
     loader = Runner.build_dataloader(cfg.test_dataloader, seed=0)
     for data in islice(loader, args.batches):

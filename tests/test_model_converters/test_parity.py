@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import mdeq_mm  # noqa: F401
+from mdeq_mm.build import build_part
+from mdeq_mm.gradients import Gradient
 from mdeq_mm.implicit import pack, unpack
 from mdeq_mm.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
 
@@ -194,6 +196,37 @@ def test_digits_accuracy_in_single_precision(solver):
         predicted = torch.cat([model(a, mode='tensor').argmax(1) for a in images.split(120)])
     assert len(labels) == 360
     assert int((predicted == labels).sum()) == 356  # 98.9%
+
+
+def digits_gradient(gradient, solver):
+    """Gradient of f's weights on eight pictures, as one vector."""
+    images, labels = digits_test_rows()
+    model = digits_model(solver).double()
+    if gradient is not None:
+        model.backbone.implicit.gradient = build_part(gradient, Gradient)
+    logits = model(images[:8].double(), mode='tensor')
+    F.cross_entropy(logits, labels[:8]).backward()
+    return torch.cat([p.grad.flatten() for p in model.backbone.cell.parameters()])
+
+
+@needs(DIGITS)
+def test_digits_gradients_beside_the_exact_one():
+    exact = digits_gradient(None, TIGHT[1])
+    solver = dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3)
+
+    def cosine(gradient):
+        got = digits_gradient(gradient, solver)
+        return float(F.cosine_similarity(got, exact, dim=0))
+
+    assert cosine(None) > 0.999
+    truncated = [cosine(dict(type='TruncatedGradient', steps=k)) for k in (1, 5, 10)]
+    assert truncated == sorted(truncated) and truncated[0] > 0.8 and truncated[-1] > 0.98
+    shared = [cosine(dict(type='SharedInverseGradient', steps=k)) for k in (0, 5)]
+    assert shared[0] > 0.6 and shared[1] > truncated[1]
+    phantom = [cosine(dict(type='PhantomGradient', steps=k)) for k in (5, 10)]
+    assert phantom == sorted(phantom) and phantom[0] > 0.85
+    # The comparison sees the bias of the cheapest.
+    assert 0.6 < cosine(dict(type='JacobianFreeGradient')) < truncated[0]
 
 
 # ---- the CamVid checkpoint, where plain iteration does not converge ----------------------------

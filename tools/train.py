@@ -8,6 +8,7 @@ from _common import (
     check_checkpoint,
     check_data,
     check_scales,
+    find_whole_checkpoint,
     fit_to_machine,
     leave_process_group,
     load_config,
@@ -18,7 +19,7 @@ from _common import (
 )
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without a value from the latest in the work_dir',
+        help='go on from this checkpoint, or without a value from the latest whole one in the '
+        'work_dir; from the beginning where there is none',
     )
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     parser.add_argument(
@@ -94,10 +96,11 @@ def prepare(args: argparse.Namespace) -> Config:
     cfg = load_config(args)
     apply_flags(cfg, args)
     fit_to_machine(cfg)
-    checkpoint = cfg.get('load_from')
-    if cfg.get('resume') and checkpoint is None:
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
-    for path in (checkpoint, *pretrained_files(cfg.get('model'))):
+    if cfg.get('resume') and cfg.get('load_from') is None:
+        cfg.load_from = find_whole_checkpoint(cfg.work_dir)
+        # With nothing there to go on from, training starts at the beginning.
+        cfg.resume = cfg.load_from is not None
+    for path in (cfg.get('load_from'), *pretrained_files(cfg.get('model'))):
         check_checkpoint(path)
     check_scales(cfg.model)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))

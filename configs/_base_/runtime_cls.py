@@ -11,8 +11,12 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, save_best='accuracy/top1', max_keep_ckpts=2),
+    checkpoint=dict(
+        type='MDEQCheckpointHook', interval=1, save_best='accuracy/top1', max_keep_ckpts=2
+    ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    seed=dict(type='IterationSeedHook'),
+    nonfinite=dict(type='NonFiniteGradientHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
 vis_backends = [dict(type='LocalVisBackend')]

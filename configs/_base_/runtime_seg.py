@@ -12,13 +12,15 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook',
+        type='MDEQCheckpointHook',
         by_epoch=False,
         interval=4000,
         save_best='mIoU',
         max_keep_ckpts=2,
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    seed=dict(type='IterationSeedHook'),
+    nonfinite=dict(type='NonFiniteGradientHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
 vis_backends = [dict(type='LocalVisBackend')]

@@ -1,5 +1,15 @@
+from .checkpoint_hook import MDEQCheckpointHook
 from .dropout_hook import VariationalDropoutHook
+from .nonfinite_hook import NonFiniteGradientHook
+from .seed_hook import IterationSeedHook
 from .solver_stats_hook import SolverStatsHook
 from .warmup_hook import MDEQWarmupHook
 
-__all__ = ['MDEQWarmupHook', 'SolverStatsHook', 'VariationalDropoutHook']
+__all__ = [
+    'IterationSeedHook',
+    'MDEQCheckpointHook',
+    'MDEQWarmupHook',
+    'NonFiniteGradientHook',
+    'SolverStatsHook',
+    'VariationalDropoutHook',
+]

@@ -72,10 +72,10 @@ class SolverStatsHook(Hook):
     def _report_evaluation(self, runner: Runner, mode: str) -> None:
         reports = [report for report in self._evaluation if report]
         self._evaluation = []
-        # Every process takes part in the mean, whatever its share of the data set.
         names = [f'deq_{field}' for field in _FIELDS]
-        sums = torch.tensor([sum(r[n] for r in reports) for n in names] + [len(reports)])
-        *sums, count = _mean_over_processes(sums)
+        # Every process takes part in the mean, whatever its share of the data set, be it nothing.
+        sums = [float(sum(report[name] for report in reports)) for name in names]
+        *sums, count = _mean_over_processes(torch.tensor([*sums, float(len(reports))]))
         if count:
             for name, total in zip(names, sums):
                 runner.message_hub.update_scalar(f'{mode}/{name}', total / count)
@@ -84,22 +84,27 @@ class SolverStatsHook(Hook):
         self, runner: Runner, passes: Sequence[str], reduce: bool = True
     ) -> Dict[str, float]:
         """``deq_*`` scalars of the last iteration, over all MDEQs of the model."""
-        scalars = {}
-        for name in passes:
-            prefix = 'deq_' if name == 'forward' else 'deq_bwd_'
+        # One row a pass, the last column whether this process has such a solve. Processes that
+        # have not still take part in the mean, else the others would wait for them for ever.
+        table = torch.zeros(len(passes), len(_FIELDS) + 1)
+        for row, name in zip(table, passes):
             found: List[SolverStats] = [
                 stats
                 for backbone in mdeq_backbones(runner.model)
                 if (stats := getattr(backbone.implicit, f'{name}_stats')) is not None
             ]
-            if not found:
-                continue
-            # One summary each: every one waits for the device.
-            summaries = [stats.summary() for stats in found]
-            values = [[summary[field] for field in _FIELDS] for summary in summaries]
-            mean = torch.tensor(values).mean(0)
-            mean = _mean_over_processes(mean) if reduce else mean.tolist()
-            scalars.update({f'{prefix}{field}': value for field, value in zip(_FIELDS, mean)})
+            if found:
+                # One summary each: every one waits for the device.
+                summaries = [stats.summary() for stats in found]
+                values = [[summary[field] for field in _FIELDS] for summary in summaries]
+                row[:-1], row[-1] = torch.tensor(values).mean(0), 1
+        scalars = {}
+        rows = _mean_over_processes(table) if reduce else table.tolist()
+        for name, (*means, share) in zip(passes, rows):
+            prefix = 'deq_' if name == 'forward' else 'deq_bwd_'
+            if share:
+                pairs = zip(_FIELDS, means)
+                scalars.update({f'{prefix}{field}': mean / share for field, mean in pairs})
         return scalars
 
     def _watch(self, runner: Runner, scalars: Dict[str, float], outputs: dict) -> None:

@@ -2,8 +2,13 @@
 
 import os
 import pickle
+import re
 import shutil
+import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -12,6 +17,7 @@ from ..mini_datasets import write_cityscapes
 
 pytest.importorskip('mmseg')
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)
@@ -58,6 +64,7 @@ model = dict(
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
 default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1))
+custom_hooks = [dict(type='IterationSeedHook')]
 log_level = 'ERROR'
 """
 
@@ -121,6 +128,37 @@ def test_pretrained_weights_that_would_run_code_are_refused(train, here, zipped,
     assert (here / 'executed').exists()
 
 
+# Every tool that loads a checkpoint, but the converter, which returns its error.
+LOADERS = dict(
+    train=['seg.py', '--cfg-options', 'load_from=evil.pth'],
+    test=['seg.py', 'evil.pth'],
+    inference=['picture.png', 'seg.py', 'evil.pth'],
+    plot_convergence=['seg.py', 'evil.pth'],
+    accuracy_vs_nfe=['seg.py', 'evil.pth'],
+)
+
+
+def test_every_tool_that_takes_a_checkpoint_is_tried():
+    """A tool that begins to load files has to come into the list above."""
+    scripts = [p for p in (ROOT / 'tools').rglob('*.py') if not p.name.startswith('_')]
+    loading = {p.stem for p in scripts if re.search('checkpoint', p.read_text(), re.IGNORECASE)}
+    assert loading == {*LOADERS, 'mdeq_to_mm'}
+
+
+@pytest.mark.parametrize('place', ['state_dict', 'meta', 'optimizer'])
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('tool', LOADERS)
+def test_a_payload_is_refused_by_every_tool(load_tool, here, monkeypatch, tool, zipped, place):
+    content = {'state_dict': dict(weight=torch.ones(1)), place: Payload(here / 'executed')}
+    torch.save(content, here / 'evil.pth', _use_new_zipfile_serialization=zipped)
+    cv2.imwrite(str(here / 'picture.png'), np.zeros((32, 64, 3), np.uint8))
+    folder = '' if tool in ('train', 'test') else 'analysis_tools/'
+    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *LOADERS[tool]])
+    with pytest.raises(SystemExit, match='evil.pth.* was refused: it names .*mkdir'):
+        load_tool(f'{folder}{tool}').main()
+    assert not (here / 'executed').exists() and not (here / 'work_dirs').exists()
+
+
 def test_a_payload_under_the_key_of_a_weight_is_refused_by_the_converter(load_tool, here, capsys):
     state_dict = {'stage0.weight': torch.ones(1), 'conv1.weight': Payload(here / 'executed')}
     torch.save(state_dict, here / 'evil.pth')
@@ -148,14 +186,58 @@ def test_truncated_checkpoints_are_named_and_stay_as_they_are(
     assert runner.iter == 1
 
 
-def test_automatic_resume_names_a_truncated_latest_checkpoint(train, here):
+def test_automatic_resume_names_a_truncated_only_checkpoint(train, here):
     train(['seg.py', '--work-dir', 'work'])
     latest = here / 'work/iter_1.pth'
     cut(latest, latest, 0.7)
     before = latest.read_bytes()
-    with pytest.raises(SystemExit, match='iter_1.pth.*Is the file whole'):
+    with pytest.raises(SystemExit, match='iter_1.pth.*Is the file whole.*without --resume'):
         train(['seg.py', '--work-dir', 'work', '--resume'])
     assert latest.read_bytes() == before
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'removed', 'unnamed', 'nothing named'])
+def test_automatic_resume_takes_the_checkpoint_before_a_damaged_one(train, here, capsys, damage):
+    argv = ['seg.py', '--work-dir', 'work', '--cfg-options', 'train_cfg.max_iters=2']
+    expected = train(argv).model.state_dict()
+    work, latest = here / 'work', here / 'work/iter_2.pth'
+    # What looks like a later checkpoint and is none to go on from.
+    torch.save(dict(state_dict={}, meta=dict(iter=9)), work / 'best_mIoU_iter_9.pth')
+    (work / 'iter_8.pth').write_bytes(b'')
+    if damage in ('truncated', 'empty'):
+        cut(latest, latest, dict(truncated=0.7, empty=0)[damage])
+    elif damage == 'removed':
+        latest.unlink()
+    elif damage == 'unnamed':
+        (work / 'last_checkpoint').unlink()
+    else:
+        (work / 'last_checkpoint').write_text('')
+    capsys.readouterr()
+    resumed = train([*argv, '--resume'])
+    (warning,) = re.findall(r'WARNING: --resume: .*', capsys.readouterr().err)
+    whole = 2 if 'named' in damage else 1
+    assert f'iter_{whole}.pth; all after iteration {whole} is trained again' in warning
+    assert ('last_checkpoint' if 'named' in damage else 'iter_2.pth') in warning
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_automatic_resume_does_not_step_over_a_payload(train, here):
+    train(['seg.py', '--work-dir', 'work', '--cfg-options', 'train_cfg.max_iters=2'])
+    torch.save(dict(state_dict=Payload(here / 'executed')), here / 'work/iter_2.pth')
+    with pytest.raises(SystemExit, match='iter_2.pth.* was refused'):
+        train(['seg.py', '--work-dir', 'work', '--resume'])
+    assert not (here / 'executed').exists()
+
+
+@pytest.mark.parametrize('foreign', [False, True])
+def test_automatic_resume_of_nothing_starts_at_the_beginning(train, here, foreign):
+    """Jobs that may be started again pass --resume from the first time on."""
+    if foreign:
+        (here / 'work').mkdir()
+        torch.save(dict(state_dict=dict(weight=torch.ones(1))), here / 'work/start.pth')
+    assert train(['seg.py', '--work-dir', 'work', '--resume']).iter == 1
+    assert (here / 'work/iter_1.pth').is_file()
 
 
 @pytest.mark.parametrize('content', ['truncated', 'missing', 'payload'])

@@ -1,0 +1,163 @@
+"""Random numbers that depend on the place in the training alone, so that a resumed run has them."""
+
+import random
+from typing import Any, Callable, Iterator, Optional
+
+import numpy as np
+import torch
+from mmengine import dist
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader, Sampler
+
+# What a seed is for. The same iteration's numbers for loading and for the forward pass differ.
+_LOADING, _FORWARD = range(2)
+
+
+def seed_all(*words: int) -> None:
+    """Seed the generators of Python, NumPy and torch (all devices) from some integers >= 0."""
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Seeds every iteration anew, by the run's seed, the process's rank and the iteration.
+
+    MM saves no generator's state: after ``--resume`` dropout masks and augmentations would be
+    those of the first iterations again, and with ``randomness.seed=None`` the data would come in
+    another order. Under this hook what is drawn at an iteration does not depend on what was drawn
+    before it, so an interrupted and resumed run ends with the weights of one that was never
+    interrupted, where the arithmetic itself is deterministic. That holds for augmentation inside
+    loader processes too, as long as ``num_workers`` and the number of processes stay the same.
+    Validation does not shift the numbers of the training. Ranks draw different masks.
+
+    Checkpoints carry the sampler's seed as ``meta.sampler_seed``. A checkpoint in the middle of an
+    epoch of an epoch-based loop is no such place: MM starts that epoch again.
+    """
+
+    # What other hooks draw does not reach the model.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._sampler_seed: Optional[int] = None
+        self._batches: Optional[_SeededBatches] = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        for sampler in _seeded_samplers(runner.train_dataloader):
+            checkpoint['meta']['sampler_seed'] = int(sampler.seed)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # As MM's own hooks do: weights alone may be loaded for a new training.
+        if runner._resume:
+            self._sampler_seed = checkpoint['meta'].get('sampler_seed')
+
+    def before_train(self, runner: Runner) -> None:
+        loader = runner.train_dataloader
+        if self._sampler_seed is not None:
+            for sampler in _seeded_samplers(loader):
+                sampler.seed = self._sampler_seed
+        # Otherwise each iterator made of the loader takes a number of the global generator.
+        loader.generator = torch.Generator().manual_seed(runner.seed)
+        if loader.num_workers:
+            self._batches = _SeededBatches(loader, runner.seed)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if self._batches is not None:
+            self._batches.start = 0 if _skips_by_loading(runner) else runner.iter
+        self._seed(runner, _LOADING, runner.iter)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        self._seed(runner, _FORWARD, runner.iter)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+    ) -> None:
+        self._seed(runner, _LOADING, runner.iter + 1)
+
+    def after_val(self, runner: Runner) -> None:
+        self._seed(runner, _LOADING, runner.iter)
+
+    def after_train(self, runner: Runner) -> None:
+        if self._batches is not None:
+            self._batches.remove()
+            self._batches = None
+
+    @staticmethod
+    def _seed(runner: Runner, purpose: int, iteration: int) -> None:
+        seed_all(runner.seed, dist.get_rank(), purpose, iteration)
+
+
+def _seeded_samplers(loader: DataLoader) -> Iterator[Sampler]:
+    """Samplers of a loader that shuffle by a seed of their own."""
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if getattr(sampler, 'seed', None) is not None:
+            yield sampler
+
+
+def _skips_by_loading(runner: Runner) -> bool:
+    """Whether a resumed loop loads the batches of before once more and drops them."""
+    return isinstance(runner.train_loop, IterBasedTrainLoop) and not hasattr(
+        runner.train_dataloader.sampler, 'skip'
+    )
+
+
+class _SeededBatches:
+    """Seeds a loader's processes before each batch, by the batch's place in the training.
+
+    Stands in for the loader's ``collate_fn``, which a process calls once a batch, and for its
+    ``worker_init_fn``. Of the batches of an iterator, process w of W makes number w, W + w, ...
+
+    Args:
+        loader: The loader whose functions it takes over.
+        seed: The run's seed.
+
+    Attributes:
+        start: Iteration at which the next processes are started.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int) -> None:
+        self.collate: Callable = loader.collate_fn
+        self.init: Optional[Callable] = loader.worker_init_fn
+        self.seed, self.rank = seed, dist.get_rank()
+        self.num_workers = loader.num_workers
+        # An infinite sampler never starts a second round.
+        infinite = isinstance(loader.sampler, InfiniteSampler)
+        self.per_epoch = None if infinite else len(loader)
+        self.start = self.worker = self.count = 0
+        self._loader = loader
+        loader.collate_fn, loader.worker_init_fn = self, self.start_worker
+
+    def remove(self) -> None:
+        """Give the loader its own functions back."""
+        self._loader.collate_fn, self._loader.worker_init_fn = self.collate, self.init
+
+    def start_worker(self, worker: int) -> None:
+        """Runs in a new process."""
+        if self.init is not None:
+            self.init(worker)
+        self.worker, self.count = worker, 0
+        self._seed()
+
+    def __call__(self, samples: list) -> Any:
+        batch = self.collate(samples)
+        self.count += 1
+        self._seed()
+        return batch
+
+    def _seed(self) -> None:
+        epoch, index = 0, self.count
+        if self.per_epoch is not None:
+            # Processes that persist go on with the next epoch. One may have no batch at all.
+            own = len(range(self.worker, self.per_epoch, self.num_workers))
+            epoch, index = divmod(self.count, max(own, 1))
+        place = epoch * (self.per_epoch or 0) + index * self.num_workers + self.worker
+        seed_all(self.seed, self.rank, _LOADING, self.start + place)
+
+    def __getstate__(self) -> dict:
+        # A loader cannot be sent to another process, and is not wanted there.
+        return {**self.__dict__, '_loader': None}

@@ -3,6 +3,7 @@
 from typing import Optional
 
 import torch
+from mmengine.dist import get_dist_info
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class VariationalDropout2d(nn.Module):
 
     An equilibrium exists only if f is the same function at each call, so the mask must not
     change between calls. It is drawn at the first call after a reset, one per sample and
-    channel, and drawn again if batch size or channels change. ``MDEQBackbone`` resets its
+    channel, and drawn again if batch size or channels change. Distributed processes have
+    different masks, even with the same seed. ``MDEQBackbone`` resets its
     masks at each training forward; elsewhere call :func:`reset_masks` once an iteration, or let
     ``VariationalDropoutHook`` do so.
 
@@ -44,9 +46,11 @@ class VariationalDropout2d(nn.Module):
         shape = (x.shape[0], x.shape[1], 1, 1)
         if self._mask is None or self._mask.shape != shape or self._mask.device != x.device:
             keep = 1 - self.drop_rate
+            # Processes mostly start from one seed: each draws for all of them and takes its part.
+            rank, processes = get_dist_info()
             # Drawn in float32 and outside any graph, then used in whatever dtype x has.
-            mask = torch.empty(shape, dtype=torch.float32, device=x.device)
-            self._mask = mask.bernoulli_(keep).div_(keep)
+            drawn = torch.empty(processes, *shape, dtype=torch.float32, device=x.device)
+            self._mask = drawn.bernoulli_(keep).div_(keep)[rank]
         return x * self._mask.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -1,11 +1,31 @@
 # Everything runs from .venv, which is made on first use and again when a requirement changes.
+# `make test STACK=upstream` does the same with upstream OpenMMLab, from .venv-upstream.
 PYTHON ?= python3
-VENV := .venv
+STACK ?= onedl
+VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+
+define install_onedl
+@$(PIP) -e '.[onedl,optional,tests]'
+endef
+
+# mmcv comes as source. It compiles its operators, for 20 minutes and more, only where its build sees
+# torch, and says nothing where it does not; a wheel of such a build may lie in pip's cache.
+define install_upstream
+@$(UPSTREAM) $(PIP) setuptools wheel ninja torch torchvision
+@$(UPSTREAM) MMCV_WITH_OPS=1 $(PIP) --no-build-isolation --no-cache-dir mmcv
+@$(UPSTREAM) $(PIP) -e '.[mim,optional,tests]' mmdet
+endef
+UPSTREAM := PIP_CONSTRAINT='$(CURDIR)/requirements/upstream_constraints.txt'
+
+ifndef install_$(STACK)
+$(error STACK=$(STACK): want onedl or upstream)
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,8 +34,8 @@ $(STAMP): setup.py setup.cfg pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, %s is %s: make PYTHON=/path/to/python" % (sys.executable, sys.version.split()[0]))'
 	@echo '==> [1/2] $(VENV): a virtual environment'
 	@$(PYTHON) -m venv $(VENV)
-	@echo '==> [2/2] installing PyTorch, the OpenMMLab packages (OneDL) and mdeq_mm: some minutes'
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[onedl,optional,tests]'
+	@echo '==> [2/2] installing PyTorch, the OpenMMLab packages ($(STACK)) and mdeq_mm: some minutes'
+	$(install_$(STACK))
 	@$(BIN)/python -m mdeq_mm.check
 	@touch $@
 
@@ -29,6 +49,12 @@ test: $(STAMP)  ## run the whole test suite
 	@echo '==> tests'
 	@$(BIN)/python -m pytest
 
+# SEED= repeats a run; unset, each run has one of its own and prints it.
+MINUTES ?= 20
+soak: $(STAMP)  ## before a release: MINUTES=20 of random models, actions and faults
+	@echo '==> soak'
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 lint: $(STAMP)  ## check style and format
 	@echo '==> lint'
 	@$(BIN)/python -m ruff check .
@@ -39,4 +65,4 @@ format: $(STAMP)  ## mend style and format
 	@$(BIN)/python -m ruff format .
 
 clean:  ## remove .venv and what builds leave
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,44 +1,110 @@
-"""``python -m mdeq_mm.check``: what of the stack is installed, what is missing, how to get it.
+"""``python -m mdeq_mm.check``: what is installed, doubled or missing, and what mends it.
 
-A broken stack (missing, doubled, mixed) already stops the import of the package, with the same
-kind of message.
+It answers in a broken environment as well: the package leaves its own parts alone when Python
+imports it for this module.
 """
 
-from typing import List
+import importlib
+import sys
+from typing import List, Optional, Tuple
 
-from . import __version__
-from .compat import PACKAGES, Package, can_import, installed_of, installed_version
+from .compat import (
+    PACKAGES,
+    Package,
+    can_import,
+    find_problem,
+    has_operators,
+    installed_of,
+    installed_version,
+    operators_command,
+)
+from .version import __version__
 
-# Of the packages that need not be there, those that the configs of this project use.
-_USED_FOR = {'mmseg': 'segmentation configs', 'mmpretrain': 'classification configs'}
+# What needs the packages that the configs of this project use.
+_USED_FOR = {
+    'mmengine': 'mdeq_mm itself',
+    'mmcv': 'mdeq_mm itself',
+    'mmseg': 'segmentation configs',
+    'mmpretrain': 'classification configs',
+    'mmdet': 'detection configs',
+}
 
 
-def _line(package: Package) -> str:
+def _state(package: Package) -> str:
     names = installed_of(package)
-    if names:
-        return f'{package.module:<12}{", ".join(f"{n} {installed_version(n)}" for n in names)}'
-    if can_import(package.module):
-        return f'{package.module:<12}found, without a record of its distribution'
-    return f'{package.module:<12}missing: needed by {_USED_FOR[package.module]}'
+    found = ', '.join(f'{name} {installed_version(name)}' for name in names)
+    if len(names) > 1:
+        return f'{found}: doubled'
+    if not can_import(package.module):
+        found += ', its files are gone: ' if names else ''
+        return f'{found}missing, needed by {_USED_FOR[package.module]}'
+    if not names:
+        found = 'found, without a record of its distribution'
+    if package.module == 'mmcv' and not has_operators():
+        found += ', without compiled operators'
+    return found
 
 
-def report() -> List[str]:
-    """The lines that :func:`main` prints."""
-    lines = [f'{"mdeq_mm":<12}{__version__}']
-    lines += [f'{name:<12}{installed_version(name)}' for name in ('torch', 'torchvision', 'numpy')]
-    missing = [p for p in PACKAGES if not can_import(p.module)]
-    lines += [_line(p) for p in PACKAGES if p not in missing or p.module in _USED_FOR]
+def table() -> List[str]:
+    """A line for each package: its distribution and version, or that it is missing."""
+    rows = [('mdeq_mm', __version__)]
+    for name in ('torch', 'torchvision', 'numpy'):
+        rows.append((name, installed_version(name) or 'missing'))
+    rows += [(package.module, _state(package)) for package in PACKAGES]
+    return [f'{name:<12}{state}' for name, state in rows]
+
+
+def optional_commands() -> List[str]:
+    """How to get what some configs need and this environment lacks."""
+    lines = []
     upstream = any(not n.startswith('onedl-') for p in PACKAGES for n in installed_of(p))
-    for package in (p for p in missing if p.module in _USED_FOR):
-        wanted = package.upstream[0] if upstream else package.onedl
-        lines.append(f'To use {_USED_FOR[package.module]}: pip install {wanted}')
+    present = [package for package in PACKAGES if can_import(package.module)]
+    for package in PACKAGES:
+        if package not in present and not package.required:
+            wanted = package.upstream[0] if upstream else package.onedl
+            lines.append(f'To use {_USED_FOR[package.module]}: pip install {wanted}')
+    # The forks' mmsegmentation does without the operators.
+    needy = [p for p in present if p.module == 'mmdet' or (upstream and p.module == 'mmseg')]
+    if needy and not has_operators():
+        lines.append(
+            f"{' and '.join(p.module for p in needy)} cannot be used without mmcv's compiled "
+            f'operators. It compiles, for up to an hour a core: {operators_command()}'
+        )
     return lines
 
 
-def main() -> None:
-    """Print the report."""
-    print('\n'.join(report()))
+def import_error() -> Optional[Tuple[str, Exception]]:
+    """The first module that cannot be imported though it is there, and what it says."""
+    optional = [p.module for p in PACKAGES if not p.required and can_import(p.module)]
+    parts = [f'mdeq_mm.{part}' for part in ('hooks', 'layers', 'models')]
+    for module in ('numpy', 'torch', 'mmengine', 'mmcv', *parts, *optional):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever it says of itself: versions are checked by assert
+            return module, error
+    return None
+
+
+def main() -> int:
+    """Print the report.
+
+    Returns:
+        0 if mdeq_mm can be used, 1 if not.
+    """
+    print('\n'.join(table()))
+    problem = find_problem()
+    if problem:
+        print(f'\n{problem.what[0].upper()}{problem.what[1:]}.\nMend it with: {problem.command}')
+        return 1
+    failed = import_error()
+    if failed:
+        module, error = failed
+        print(f'\n{module} is there but cannot be imported: {type(error).__name__}: {error}')
+        return 1
+    for line in optional_commands():
+        print(line)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,15 +1,19 @@
-"""The one module that knows versions: the check of the installed stack, and safe loading.
+"""The one module that knows versions: the check of the stack, safe loading, mmengine's look-ups.
 
 Two families of distributions give the same import names: upstream OpenMMLab (``mmengine``,
 ``mmcv``, ...) and the OneDL forks (``onedl-mmengine``, ``onedl-mmcv``, ...). Whichever is
 installed second overwrites the files of the first, so one environment must hold one family only.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import pickle
 import re
+import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 
@@ -55,13 +59,40 @@ def can_import(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def has_operators() -> bool:
+    """Whether the installed mmcv holds its compiled operators; it is not imported."""
+    spec = importlib.util.find_spec('mmcv')
+    folders = spec.submodule_search_locations if spec else None
+    return any(next(Path(folder).glob('_ext*'), None) for folder in folders or ())
+
+
+def operators_command() -> str:
+    """The command that builds the installed mmcv once more, with its operators.
+
+    Without ``--no-build-isolation`` the build would not see torch and leave them out silently.
+    """
+    (package,) = [package for package in PACKAGES if package.module == 'mmcv']
+    wanted = package.onedl if package.onedl in installed_of(package) else package.upstream[0]
+    return (
+        f'pip install "setuptools<81" wheel && MMCV_WITH_OPS=1 pip install --no-build-isolation '
+        f'--no-deps --no-cache-dir --force-reinstall --no-binary :all: "{wanted}"'
+    )
+
+
 def _install_command(packages: List[Package], onedl: bool) -> str:
     wanted = [package.onedl if onedl else package.upstream[0] for package in packages]
     return 'pip install ' + ' '.join(f'"{name}"' if '<' in name else name for name in wanted)
 
 
-def _clash(found: Dict[Package, List[str]]) -> Optional[str]:
-    """What is doubled or mixed among the installed distributions, and the command that mends it."""
+class Problem(NamedTuple):
+    """What is wrong with the installed stack, and the one command that mends it."""
+
+    what: str
+    command: str
+
+
+def _clash(found: Dict[Package, List[str]]) -> Optional[Problem]:
+    """What is doubled or mixed among the installed distributions."""
     doubled = [names for names in found.values() if len(names) > 1]
     everything = [name for names in found.values() for name in names]
     onedl = [name for name in everything if name.startswith('onedl-')]
@@ -79,28 +110,26 @@ def _clash(found: Dict[Package, List[str]]) -> Optional[str]:
     wrong = {p: n for p, n in found.items() if len(n) > 1 or (onedl and set(n) & set(upstream))}
     gone = [name for names in wrong.values() for name in names]
     install = _install_command(list(wrong), onedl=bool(onedl))
-    command = f'pip uninstall -y {" ".join(gone)} && {install}'
-    return f'{what}. Mend it with: {command}'
+    return Problem(what, f'pip uninstall -y {" ".join(gone)} && {install}')
 
 
-def check_stack() -> None:
-    """Check that exactly one OpenMMLab stack is installed. Imports nothing of it.
+def find_problem() -> Optional[Problem]:
+    """What keeps the installed stack from working, None where nothing does. Imports none of it.
 
     mmseg and mmpretrain are needed only by configs that name their classes, so their absence is
-    no error here; ``python -m mdeq_mm.check`` lists it.
-
-    Raises:
-        ImportError: Something is missing, doubled or mixed; the message names it and gives the
-            one command that mends it.
+    no problem here; ``python -m mdeq_mm.check`` lists it.
     """
     found = {package: installed_of(package) for package in PACKAGES}
     clash = _clash(found)
     if clash:
-        raise ImportError(f'mdeq_mm cannot use this environment: {clash}')
+        return clash
+    absent = [name for name in ('numpy', 'torch') if not can_import(name)]
+    if absent:
+        return Problem(f'mdeq_mm needs {" and ".join(absent)}', f'pip install {" ".join(absent)}')
     missing = [package for package in PACKAGES if package.required]
     missing = [package for package in missing if not can_import(package.module)]
     if not missing:
-        return
+        return None
     names = [name for names in found.values() for name in names]
     # The family already there decides; where there is none, OneDL is the default.
     upstream = any(not name.startswith('onedl-') for name in names)
@@ -110,10 +139,91 @@ def check_stack() -> None:
     if hollow:
         command = f'pip uninstall -y {" ".join(hollow)} && {command}'
     modules = ' and '.join(package.module for package in missing)
-    raise ImportError(
+    return Problem(
         f'mdeq_mm needs {modules}, which cannot be imported here '
-        f'(installed: {", ".join(names) or "no OpenMMLab package"}). Mend it with: {command}'
+        f'(installed: {", ".join(names) or "no OpenMMLab package"})',
+        command,
     )
+
+
+def check_stack() -> None:
+    """Check that exactly one OpenMMLab stack is installed. Imports nothing of it.
+
+    Raises:
+        ImportError: Something is missing, doubled or mixed; the message names it and gives the
+            one command that mends it.
+    """
+    problem = find_problem()
+    if problem:
+        raise ImportError(
+            'mdeq_mm cannot use this environment (python -m mdeq_mm.check lists it): '
+            f'{problem.what}. Mend it with: {problem.command}'
+        )
+
+
+def _is_importable(name: str) -> bool:
+    """Stands for mmengine's ``is_installed``, given a module's or a distribution's name."""
+    return can_import(_module_of(name)) or installed_version(name) is not None
+
+
+def _folder_of(name: str) -> str:
+    """Stands for mmengine's ``get_installed_path``, given a module's or a distribution's name."""
+    module = _module_of(name)
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f'{module} cannot be imported here, or is a namespace package.')
+    return os.path.dirname(spec.origin)
+
+
+def _module_of(name: str) -> str:
+    for package in PACKAGES:
+        if name in (package.onedl, *map(_distribution_name, package.upstream)):
+            return package.module
+    return name
+
+
+def mend_config_lookup() -> None:
+    """Let configs inherit from another project's, ``_base_ = ['mmseg::_base_/...']``.
+
+    mmengine asks for that project by the name of upstream's distribution. The forks have other
+    names, an editable install's files lie elsewhere than its record, and upstream's mmengine asks
+    pkg_resources, which setuptools 82 and later no longer has. The import system answers in each
+    case. May be called again.
+    """
+    from mmengine import utils
+    from mmengine.config import config
+    from mmengine.utils import package_utils
+
+    # mmengine imports the two functions by name, so each holder of the name is given ours.
+    for holder in (package_utils, utils, config):
+        holder.is_installed = _is_importable
+        holder.get_installed_path = _folder_of
+
+
+def mend_class_weights() -> None:
+    """Let mmseg's cross entropy take class weights where some pixels are ignored.
+
+    Upstream's looks up the weight of the label 255 and fails; with ``avg_non_ignore`` the forks'
+    fails as well. The mean is over the weights of the pixels that count. Call it once mmseg is
+    imported and before a model is built; without mmseg it does nothing. May be called again.
+    """
+    module = sys.modules.get('mmseg.models.losses.cross_entropy_loss')
+    if module is None or hasattr(module.cross_entropy, '__wrapped__'):
+        return
+    original = module.cross_entropy
+
+    @functools.wraps(original)
+    def cross_entropy(pred, label, *args, **kwargs):
+        given = inspect.signature(original).bind(pred, label, *args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        weights = options['class_weight']
+        mean = options['reduction'] == 'mean' and options['avg_factor'] is None
+        if weights is not None and mean:
+            options['avg_factor'] = weights[label[label != options['ignore_index']]].sum()
+        return original(*given.args, **given.kwargs)
+
+    module.cross_entropy = cross_entropy
 
 
 class UnsafeCheckpointError(RuntimeError):

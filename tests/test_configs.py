@@ -59,12 +59,14 @@ def parameters(module):
 def test_config_is_complete(name):
     cfg = load(name)
     assert cfg.custom_imports == dict(imports=['mdeq_mm'], allow_failed_imports=False)
-    assert cfg.default_scope in ('mmseg', 'mmpretrain')
+    assert cfg.default_scope in ('mmseg', 'mmpretrain', 'mmdet')
     for part in ('train', 'val', 'test'):
         assert cfg[f'{part}_dataloader'].dataset.data_root
     assert cfg.val_evaluator and cfg.test_evaluator
     if cfg.default_scope == 'mmseg':
         assert cfg.model.data_preprocessor.type == 'SegDataPreProcessor'
+    elif cfg.default_scope == 'mmdet':
+        assert cfg.model.data_preprocessor.type == 'DetDataPreprocessor'
     else:
         assert cfg.data_preprocessor.mean
 

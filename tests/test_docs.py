@@ -101,6 +101,9 @@ def build(cfg, options):
     # A new key is a misspelt one, unless it belongs to a part whose class may take it.
     new = [key for key in options if key not in before and not key.startswith('model.')]
     assert all(key.startswith('optim_wrapper.') for key in new), new
+    if cfg.default_scope == 'mmdet':
+        for module in ('mmdet', 'mmcv._ext'):
+            pytest.importorskip(module)
     init_default_scope(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
         MODELS.build(cfg.model)

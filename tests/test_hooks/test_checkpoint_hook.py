@@ -55,6 +55,7 @@ def run(tmp_path, **checkpoint):
         log_level='ERROR',
     )
     runner.train()
+    return runner
 
 
 def checkpoints(folder):
@@ -86,6 +87,16 @@ def test_a_run_that_goes_well_leaves_what_mms_hook_leaves(tmp_path):
     run(tmp_path, save_best='score', rule='greater')
     assert checkpoints(tmp_path) == ['best_score_iter_3.pth', 'iter_3.pth']
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_3.pth')
+
+
+def test_a_better_score_at_the_same_step_is_written_over_the_one_before(tmp_path):
+    """What is removed at the end is not what was written just now."""
+    runner = run(tmp_path, save_best='score', rule='greater')
+    best = tmp_path / 'best_score_iter_3.pth'
+    best.write_bytes(b'')
+    runner.val()
+    assert torch.load(best, weights_only=False)['state_dict']
+    assert checkpoints(tmp_path) == ['best_score_iter_3.pth', 'iter_3.pth']
 
 
 def test_a_disk_that_is_full_takes_neither_the_last_checkpoint_nor_the_best(tmp_path, full_disk):

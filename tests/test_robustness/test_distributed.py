@@ -39,7 +39,7 @@ model = dict(
         {head}
     ),
 )
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
 custom_imports = dict(imports=['mdeq_mm', 'tests.test_robustness.distributed_parts'])
 custom_hooks = [
     dict(type='MDEQWarmupHook', unrolled_iters=2, unrolled_layers=3, softplus_iters=1),

@@ -73,9 +73,9 @@ def forgetful(monkeypatch):
     """A call that fails leaves the next ones unrolled."""
     forward = ImplicitLayer.forward
 
-    def fail(layer, f, z0):
+    def fail(layer, *args, **kwargs):
         try:
-            return forward(layer, f, z0)
+            return forward(layer, *args, **kwargs)
         except BaseException:
             layer.unrolled_layers = 2
             raise

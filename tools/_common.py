@@ -14,7 +14,12 @@ import torch
 
 # First of the OpenMMLab imports: it says what is wrong with an environment that lacks one.
 try:
-    from mdeq_mm.compat import UnsafeCheckpointError, force_safe_loading, verify_checkpoint
+    from mdeq_mm.compat import (
+        UnsafeCheckpointError,
+        force_safe_loading,
+        mend_class_weights,
+        verify_checkpoint,
+    )
 except ModuleNotFoundError as error:
     if error.name != 'mdeq_mm':
         raise
@@ -363,6 +368,10 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available() and not distributed:
         # The Runner's own start of a process group selects a GPU first.
         torch.distributed.init_process_group('gloo')
+    if cfg.get('default_scope') == 'mmseg':
+        import mmseg.models  # noqa: F401
+
+        mend_class_weights()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)

@@ -170,16 +170,17 @@ def other_resolution(case: Case) -> None:
 def other_solver(case: Case) -> None:
     """Another number of evaluations or another method, on the fly."""
     layer = case.backbone.implicit
-    before, gradient, unrolled = layer.solver, layer.gradient, layer.unrolled_layers
+    before = layer.solver, layer.eval_solver, layer.unrolled_layers
     cfg = draw_solver(case.rng, max_iter=20)
-    layer.unrolled_layers = 0
-    layer.solver = build_part(cfg, Solver)
+    layer.eval_solver, layer.unrolled_layers = None, 0
     if layer.gradient.needs_state and cfg['type'] == 'FixedPointIteration':
-        layer.solver = copy.copy(before)
+        layer.solver = copy.copy(layer.solver)
         layer.solver.max_iter = cfg['max_iter']
+    else:
+        layer.solver = build_part(cfg, Solver)
     case.check()
     evaluate(case)
-    layer.solver, layer.gradient, layer.unrolled_layers = before, gradient, unrolled
+    layer.solver, layer.eval_solver, layer.unrolled_layers = before
 
 
 def input_gradient(case: Case) -> None:
@@ -213,7 +214,7 @@ def compare_in_double(case: Case, images: Tensor, parts: list[list[int]]) -> Non
         parts: Indices of each.
     """
     net = copy.deepcopy(case.backbone).double().eval()
-    net.implicit.solver.tol = 0.0
+    net.implicit.solver.tol, net.implicit.eval_solver = 0.0, None
     images, kept = images.double(), sorted(sum(parts, []))
     noisy = images * (1 + 1e-14 * torch.randn_like(images))
     with torch.no_grad():

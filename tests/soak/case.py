@@ -100,6 +100,8 @@ def draw_backbone(rng: random.Random) -> dict:
         solver=solver,
         gradient=draw_gradient(rng, solver['type']),
         unrolled_layers=rng.choice((0, 0, 0, 0, 3)),
+        eval_solver=rng.choice((None, None, dict(max_iter=rng.randint(1, 16)))),
+        skip_solved=rng.random() < 0.3,
         norm_eval=rng.random() < 0.3,
     )
 
@@ -274,7 +276,7 @@ class Case:
             require(out.dtype == self.dtype, f'{out.dtype} out of a {self.dtype} backbone')
         layer = self.backbone.implicit
         require((layer.forward_stats is None) == (layer.unrolled_layers > 0), 'stats of no solve')
-        check_stats(layer.forward_stats, layer.solver)
+        check_stats(layer.forward_stats, layer.current_solver)
         require_finite_unless_reported(outs, layer.forward_stats)
         require(parametrize._cache_enabled == 0 and not parametrize._cache, 'cached weights left')
 

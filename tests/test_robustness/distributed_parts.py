@@ -32,7 +32,7 @@ GRADIENTS = dict(
 @MODELS.register_module()
 def in_float64(model: dict, **shared: Any) -> nn.Module:
     """A model in double precision, so that only an error is seen and no rounding."""
-    return MODELS.build(dict(model, **shared))
+    return MODELS.build(dict(model, **shared)).double()
 
 
 @HOOKS.register_module()

@@ -177,7 +177,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(f'soak: seed {seed}', flush=True)
 
+    told = 0
+
     def progress(report: Report) -> None:
+        nonlocal told
+        for case, what, *_ in report.failures[told:]:
+            print(f'failed: case {case}, {what}', flush=True)
+        told = len(report.failures)
         if report.cases % 50 == 0:
             state = f'{report.faults.total()} faults, {len(report.failures)} failures'
             print(f'{report.cases} cases, {state}', flush=True)

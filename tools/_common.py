@@ -380,4 +380,6 @@ def build_runner(cfg: Config) -> Runner:
 def leave_process_group() -> None:
     """End the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A process that ends while another still works can be torn down in the middle of its exit.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()

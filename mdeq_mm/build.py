@@ -35,7 +35,7 @@ def build_part(cfg: Union[Mapping[str, Any], T], kind: Type[T]) -> T:
             for key, value in TASK_UTILS.module_dict.items()
             if isinstance(value, type) and issubclass(value, kind)
         )
-        found = '' if cls is None else f' (that is {describe(cls)})'
+        found = f' (that is {describe(cls)})' if isinstance(cls, type) else ''
         raise ValueError(
             f'{name!r} is not a {what}{found}.{closest(name, valid)} Valid: {", ".join(valid)}.'
         )

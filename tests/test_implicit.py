@@ -79,8 +79,10 @@ def test_evaluation_may_spend_other_calls():
     assert isinstance(other.current_solver, Anderson)
 
 
-def test_wrong_evaluation_solver_is_refused():
+def test_wrong_solver_is_refused():
     gradient = dict(type='JacobianFreeGradient')
+    with pytest.raises(ValueError, match='7 is not a solver. Valid: Anderson'):
+        ImplicitLayer(dict(type=7), gradient)
     with pytest.raises(TypeError, match='max_itr.*max_iter'):
         ImplicitLayer(dict(type='Anderson'), gradient, eval_solver=dict(max_itr=4))
     with pytest.raises(TypeError, match="Give eval_solver a 'type'"):

@@ -28,8 +28,8 @@ from .case import Case, require
 from .faults import FAULTS, inject
 
 INF = float('inf')
-#: No more live tensors after an action than before it; resident memory may grow by so much from
-#: the end of the first cases on, in which kernels and allocator grow to their size.
+#: No more live tensors after an action than before it. Resident memory may grow by so much from the
+#: end of the first cases on: oneDNN keeps what it made for each new shape, up to a number of them.
 MAX_GROWTH_MB, SETTLED_AFTER = 256, 30
 
 
@@ -58,6 +58,7 @@ class Report:
         actions, faults, survived: How many of each kind.
         failures: (case, what, how it was drawn, traceback) of what did not hold.
         growth_mb: Resident memory at the end over that after the first cases.
+        alive: Tensors beyond its own that the first case found alive.
     """
 
     def __init__(self, seed: int) -> None:
@@ -66,6 +67,7 @@ class Report:
         self.actions, self.faults, self.survived = Counter(), Counter(), Counter()
         self.failures: list[tuple[int, str, str, str]] = []
         self.growth_mb = 0.0
+        self.alive: int | None = None
         self._settled: float | None = None
 
     def watch_memory(self) -> None:
@@ -105,6 +107,9 @@ def run_case(report: Report, index: int, folder: Path) -> None:
         case = Case(report.seed, index, folder)
         case.check()
         alive = live_tensors(case)
+        # Nor does a case leave anything to the next.
+        report.alive = alive if report.alive is None else report.alive
+        require(alive == report.alive, f'{alive - report.alive} more tensors alive at the start')
         for _ in range(case.rng.randint(3, 6)):
             faulty = case.rng.random() < 0.5
             what = case.rng.choice(list(FAULTS if faulty else ACTIONS))

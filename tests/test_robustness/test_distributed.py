@@ -57,6 +57,8 @@ _base_ = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
+# MM has one visualizer of a name in a process, which writes where the first run of it did.
+visualizer = dict(name='of these tests')
 train_dataloader = dict(
     dataset=dict(
         pipeline=[

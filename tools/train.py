@@ -100,7 +100,9 @@ def prepare(args: argparse.Namespace) -> Config:
         cfg.load_from = find_whole_checkpoint(cfg.work_dir)
         # With nothing there to go on from, training starts at the beginning.
         cfg.resume = cfg.load_from is not None
-    for path in (cfg.get('load_from'), *pretrained_files(cfg.get('model'))):
+    else:
+        check_checkpoint(cfg.get('load_from'))
+    for path in pretrained_files(cfg.get('model')):
         check_checkpoint(path)
     check_scales(cfg.model)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))

@@ -127,7 +127,6 @@ class _Record:
         self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)
         self.status = torch.full_like(self.num_iter, int(Status.EXHAUSTED))
         self.active = torch.ones(n, dtype=torch.bool, device=z0.device)
-        self.num_active = n
         self.limit: Optional[Tensor] = None
         self.trace: List[Tensor] = []
 
@@ -136,7 +135,7 @@ class _Record:
         part = copy(self)
         for name in (*_PER_ROW, 'limit'):
             setattr(part, name, getattr(self, name)[rows])
-        part.num_active, part.trace = len(rows), [residual[rows] for residual in self.trace]
+        part.trace = [residual[rows] for residual in self.trace]
         return part
 
     def merge(self, rows: Tensor, part: '_Record') -> None:
@@ -146,7 +145,6 @@ class _Record:
         for name in _PER_ROW:
             # Not in place: the best iterate may still be the caller's start.
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
-        self.num_active = part.num_active
 
     def update(self, norm_g: Tensor, norm_f: Tensor) -> Tuple[Tensor, bool, bool]:
         """Take in one evaluation.

@@ -1,4 +1,4 @@
-"""What plot_convergence.py, inference.py and get_flops.py share: a model made from a config."""
+"""What the scripts of this folder share: a model made from a config."""
 
 import argparse
 import sys
@@ -12,8 +12,10 @@ from torch import nn
 # The helpers of train.py and test.py lie one folder up, where Python does not look by itself.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from _common import (
+    build_runner,
     check_checkpoint,
     check_data,
+    check_scales,
     fit_to_machine,
     load_config,
     merge_options,
@@ -30,7 +32,10 @@ from mdeq_mm.models import MDEQBackbone
 __all__ = [
     'add_arguments',
     'build_model',
+    'build_runner',
+    'check_checkpoint',
     'check_data',
+    'check_scales',
     'fit_to_machine',
     'load_model',
     'one_line_errors',

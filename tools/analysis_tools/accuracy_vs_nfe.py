@@ -6,7 +6,10 @@ from pathlib import Path
 
 from _model import (
     add_arguments,
+    build_runner,
+    check_checkpoint,
     check_data,
+    check_scales,
     fit_to_machine,
     one_line_errors,
     read_config,
@@ -16,9 +19,6 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-
-# isort: split
-from _common import build_runner, check_checkpoint, check_scales
 
 # The solver's own report, which is drawn for every metric.
 RESIDUAL = 'deq_residual'

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mdeq_mm.layers import (
+    MDEQConv2d,
     MDEQGroupNorm,
     VariationalDropout2d,
     build_norm,
@@ -125,3 +126,21 @@ def test_weight_norm_is_made_once_inside_a_cache():
         assert conv.weight is conv.weight
     plain = nn.Conv2d(3, 4, 3)
     assert weight_normed(plain, enabled=False) is plain and not parametrize.is_parametrized(plain)
+
+
+@pytest.mark.parametrize('size', [(7, 1), (1, 1), (1, 7), (6, 5)])
+def test_strided_convolution_is_right_on_the_narrowest_maps(size):
+    """Memory that nobody wrote is seldom zero where large values have just been freed."""
+    plain = nn.Conv2d(24, 48, 3, stride=2, padding=1, bias=False).double()
+    ours = MDEQConv2d(24, 48, 3, stride=2, padding=1, bias=False)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 24, *size).contiguous(memory_format=torch.channels_last)
+    wanted = plain(x.double())
+    (expected,) = torch.autograd.grad(wanted.sum(), plain.weight)
+    for _ in range(8):
+        torch.full((1 << 16,), 1e30)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            out = ours(x)
+        torch.testing.assert_close(out.double(), wanted, atol=0.02, rtol=0.02)
+        (grad,) = torch.autograd.grad(out.float().sum(), ours.weight)
+        torch.testing.assert_close(grad.double(), expected, atol=0.1, rtol=0.02)

@@ -1,8 +1,10 @@
+from .conv import MDEQConv2d
 from .group_norm import MDEQGroupNorm, build_norm, check_groups
 from .variational_dropout import VariationalDropout2d, reset_masks
 from .weight_norm import weight_normed
 
 __all__ = [
+    'MDEQConv2d',
     'MDEQGroupNorm',
     'VariationalDropout2d',
     'build_norm',

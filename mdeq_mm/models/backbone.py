@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..implicit import ImplicitLayer, Shape, pack, unpack
 from ..layers import check_groups, reset_masks
@@ -49,6 +50,7 @@ class MDEQBackbone(BaseModule):
             ``dict(max_iter=18)`` buys speed, more calls than in training accuracy.
         skip_solved (bool): In evaluation mode, call f for the unsolved images of a batch alone
             once at most half are unsolved.
+        compile_cell (bool | dict): Compile f by ``torch.compile``; a dict holds its options.
         out_indices (Sequence[int], optional): Scales to return; all by default.
         frozen_stages (int): -1 trains all; 0 freezes the stem, 1 the injection as well, 2 also f.
         norm_eval (bool): Keep batch norm in evaluation mode while training.
@@ -75,6 +77,7 @@ class MDEQBackbone(BaseModule):
         unrolled_layers: int = 0,
         eval_solver: Optional[Dict[str, Any]] = None,
         skip_solved: bool = False,
+        compile_cell: Union[bool, Dict[str, Any]] = False,
         out_indices: Optional[Sequence[int]] = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -101,17 +104,34 @@ class MDEQBackbone(BaseModule):
         self.injection = self._make_injection(stem_norm_cfg)
         self.cell = MDEQCell(self.channels, expansion, norm_cfg, drop_rate, weight_norm, upsample)
         self.implicit = ImplicitLayer(solver, gradient, unrolled_layers, eval_solver, skip_solved)
+        self._parametrized: List[nn.Module] = []
+        if not isinstance(compile_cell, (bool, dict)):
+            raise ValueError(
+                f'{name}: compile_cell must be True, False or a dict of options of torch.compile, '
+                f'got {compile_cell!r}.'
+            )
+        # A dict without options compiles, too.
+        if compile_cell is not False:
+            self._compile_cell({} if compile_cell is True else compile_cell)
         self._freeze()
+
+    def _compile_cell(self, options: Dict[str, Any]) -> None:
+        import torch._functorch.config as config
+
+        self._parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
+        # A compiled graph gives the memory of what it keeps for its backward pass to that pass,
+        # which then cannot be repeated: the adjoint solver repeats it. There is no smaller switch.
+        config.donated_buffer = False
+        self.cell.compile(**options)
 
     def _make_stem(self, in_channels: int, norm_cfg: Dict[str, Any]) -> nn.Sequential:
         width = self.channels[0]
         if norm_cfg.get('type') == 'GN':
             check_groups(width, norm_cfg['num_groups'], f'stem_norm_cfg={norm_cfg}')
         convs = []
+        options = dict(padding=1, bias=False, conv_cfg=dict(type='MDEQConv2d'), norm_cfg=norm_cfg)
         for stride in self.stem_strides:
-            convs.append(
-                ConvModule(in_channels, width, 3, stride, padding=1, bias=False, norm_cfg=norm_cfg)
-            )
+            convs.append(ConvModule(in_channels, width, 3, stride, **options))
             in_channels = width
         return nn.Sequential(*convs)
 
@@ -140,6 +160,9 @@ class MDEQBackbone(BaseModule):
 
         def f_for(injection: Tensor) -> Function:
             def f(z: Tensor) -> Tensor:
+                for conv in self._parametrized:
+                    # Made here, not in a graph of its own for the call that finds no cached one.
+                    conv.weight  # noqa: B018
                 features = self.cell(unpack(z, shapes, channels_last), injection)
                 return pack(features, channels_last).to(dtype)
 

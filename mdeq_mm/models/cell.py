@@ -5,12 +5,12 @@ from typing import Any, Dict, List, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import VariationalDropout2d, build_norm, check_groups, weight_normed
+from ..layers import MDEQConv2d, VariationalDropout2d, build_norm, check_groups, weight_normed
 from ..options import check_choice
 
 
 def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+    return MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class ResidualBlock(nn.Module):

@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..layers import MDEQConv2d
 from ..options import check_int, checks_options
 
 _EXPANSION = 4
@@ -36,7 +37,7 @@ def _biased_conv(
     cin: int, cout: int, kernel: int, stride: int, norm_cfg: Dict[str, Any]
 ) -> nn.Sequential:
     """Convolution, norm, ReLU. The released nets have a bias before these norms, so we do."""
-    conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2)
+    conv = MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2)
     return nn.Sequential(conv, build_norm_layer(norm_cfg, cout)[1], nn.ReLU(inplace=True))
 
 

@@ -375,6 +375,33 @@ def test_compiled_model_has_the_same_values_and_gradients():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize('drop_rate', [0.0, 0.3])
+def test_compiled_cell_trains_as_the_cell_does(drop_rate):
+    """Its backward pass runs once for every vjp of the adjoint solver, as a copy's does."""
+    options = dict(channels=(4,), max_iter=5, norm_eval=True, drop_rate=drop_rate)
+    plain = tiny_backbone(**options)
+    compiled = tiny_backbone(compile_cell=dict(backend='aot_eager'), **options)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    compiled.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters['stats']
+    for net in (compiled, copy.deepcopy(compiled)):
+        for a, b in zip(gradients(net, image()), gradients(plain, image()), strict=True):
+            torch.testing.assert_close(a, b)
+        # One for the solve, one for the call that keeps its graph, and one that makes the masks.
+        made = graphs['unique_graphs']
+        assert 0 < made <= 3
+        gradients(net, image(seed=2))
+        assert graphs['unique_graphs'] == made
+    torch._dynamo.reset()
+
+
+def test_compile_cell_is_checked():
+    with pytest.raises(ValueError, match="options of torch.compile, got 'yes'"):
+        tiny_backbone(compile_cell='yes')
+
+
 def check_export(net, path, **options):
     """Export, run elsewhere, and compare, on the images exported with and on other ones."""
     pytest.importorskip('onnxscript')

@@ -21,8 +21,11 @@ ALL = [
     lambda **kw: Anderson(memory=3, damping=0.8, ridge=1e-8, **kw),
     lambda **kw: LimitedMemoryBroyden(**kw),
     lambda **kw: LimitedMemoryBroyden(memory=3, **kw),
+    lambda **kw: Anderson(history_dtype='float32', **kw),
+    lambda **kw: LimitedMemoryBroyden(history_dtype='bfloat16', **kw),
 ]
 NAMES = ['plain', 'damped', 'anderson', 'anderson-3', 'broyden', 'broyden-3']
+NAMES += ['anderson-float32', 'broyden-bfloat16']
 every_solver = pytest.mark.parametrize('make', ALL, ids=NAMES)
 secant_solver = pytest.mark.parametrize('make', ALL[2:], ids=NAMES[2:])
 
@@ -258,6 +261,19 @@ def test_state_stays_in_full_precision_when_f_is_in_half(make):
     assert (found.residual < 2e-2).all()
 
 
+@pytest.mark.parametrize('cls', [Anderson, LimitedMemoryBroyden])
+def test_history_of_low_precision_takes_half_the_memory_and_as_many_calls(cls):
+    problem = affine_contraction(n=4, d=200, norm=0.95)
+    calls = {}
+    for history_dtype, size in ((None, 8), ('bfloat16', 2)):
+        solver = cls(max_iter=60, tol=1e-6, memory=5, history_dtype=history_dtype)
+        found = solve(problem.f, problem.start, solver, keep_state=True)
+        assert (found.status == Status.CONVERGED).all() and found.z.dtype == torch.float64
+        assert found.state.tests.element_size() == found.state.images.element_size() == size
+        calls[history_dtype] = found.num_iter.double().mean()
+    assert calls['bfloat16'] < 1.1 * calls[None]
+
+
 def test_inverse_transpose_is_that_of_the_broyden_matrix():
     problem = affine_contraction(n=2, d=8)
     f = Counted(lambda z: torch.tanh(problem.f(z)))
@@ -287,6 +303,7 @@ def test_inverse_transpose_is_that_of_the_broyden_matrix():
         (lambda: FixedPointIteration(tol='low'), ['tol', "'low'"]),
         (lambda: FixedPointIteration(damping=0), ['damping', '(0, 1]']),
         (lambda: Anderson(ridge=-1.0), ['ridge', '-1.0']),
+        (lambda: Anderson(history_dtype='bfloat'), ['history_dtype', "Did you mean 'bfloat16'"]),
     ],
 )
 def test_bad_value_is_named_with_its_range(make, words):

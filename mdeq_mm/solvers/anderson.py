@@ -1,5 +1,7 @@
 """Anderson acceleration of the fixed-point iteration."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Anderson(SecantSolver):
         memory (int): Steps kept.
         damping (float): Mixing of f's value into the next iterate, in (0, 1].
         ridge (float): Added to the unit diagonal of the normal equations.
+        history_dtype (str, optional): As of ``LimitedMemoryBroyden``.
     """
 
     def __init__(
@@ -30,8 +33,9 @@ class Anderson(SecantSolver):
         memory: int = 5,
         damping: float = 1.0,
         ridge: float = 1e-6,
+        history_dtype: Optional[str] = None,
     ) -> None:
-        super().__init__(max_iter, tol, memory)
+        super().__init__(max_iter, tol, memory, history_dtype)
         self.damping = check_number('Anderson', 'damping', damping, 0, 1, open_low=True)
         self.ridge = check_number('Anderson', 'ridge', ridge, low=0)
 

@@ -1,5 +1,7 @@
 """Limited-memory Broyden's method in its compact form."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,27 @@ class LimitedMemoryBroyden(SecantSolver):
         max_iter (int): Evaluations of f.
         tol (float): Relative residual at which a sample is solved.
         memory (int): Pairs kept. With ``memory >= max_iter`` this is textbook Broyden.
+        history_dtype (str, optional): Keep the pairs in ``'bfloat16'`` or another dtype than the
+            state's, for half the memory.
     """
 
-    def __init__(self, max_iter: int = 30, tol: float = 1e-3, memory: int = 10) -> None:
-        super().__init__(max_iter, tol, memory)
+    def __init__(
+        self,
+        max_iter: int = 30,
+        tol: float = 1e-3,
+        memory: int = 10,
+        history_dtype: Optional[str] = None,
+    ) -> None:
+        super().__init__(max_iter, tol, memory, history_dtype)
 
     def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
         test.copy_(s)
         torch.sub(g, last_g, out=image).add_(s)
 
     def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
-        used, test = state.used, state.tests[:, slot]
+        used, tests = state.used, state.tests[:, slot : slot + 1]
         before = state.projection[:, :used].clone()
-        before[:, slot] = torch.linalg.vecdot(test, state.g)
+        before[:, slot] = _project(tests, state.g).squeeze(1)
         # S'y in the column; in the row s'w, whose own entry the column then overwrites.
-        state.matrix[:, slot, :used] = _project(state.images[:, :used], test)
+        state.matrix[:, slot, :used] = _project(state.images[:, :used], tests.squeeze(1))
         state.matrix[:, :used, slot] = projection - before

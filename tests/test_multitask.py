@@ -206,10 +206,10 @@ def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path):
         assert len(losses) == 4 and (losses > 0).all()
     evaluation = {
         name: scalars[f'val/{name}'].current()
-        for name in ('mIoU', 'multi-label/mAP', 'multi-label/f1-score', 'deq_nfe')
+        for name in ('mIoU', 'multi-label/mAP', 'multi-label/f1-score', 'val/deq_nfe')
     }
     assert all(0 <= value <= 100 for value in evaluation.values())
-    assert evaluation['deq_nfe'] == 3
+    assert evaluation['val/deq_nfe'] == 3
 
     _, metrics = load_tool('test').main([config, str(tmp_path / 'work/iter_4.pth'), *flags])
     for name in ('mIoU', 'multi-label/mAP'):

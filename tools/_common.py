@@ -1,7 +1,9 @@
 """What train.py, test.py and demo.py share: flags, and a config made ready to run."""
 
 import argparse
+import copy
 import inspect
+import logging
 import os
 import re
 import sys
@@ -25,6 +27,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit('mdeq_mm is not installed here: run "pip install -e ." in its repository, or "make"')
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -157,8 +160,16 @@ def fit_to_machine(cfg: Config) -> None:
         raise ValueError(
             f'--launcher {cfg.launcher} without a GPU: only --launcher pytorch works on CPUs'
         )
+    given = copy.deepcopy(cfg.model)
     for sync_type in ('SyncBN', 'MMSyncBN'):
         _replace(cfg.model, ('type',), sync_type, 'BN')
+    if cfg.model != given:
+        print_log(
+            'PyTorch has no SyncBN for CPUs: the model trains with BN instead, each process '
+            'normalizing by its own part of the batch.',
+            logger='current',
+            level=logging.WARNING,
+        )
     cfg.setdefault('env_cfg', ConfigDict()).setdefault('dist_cfg', ConfigDict())
     cfg.env_cfg.dist_cfg.backend = 'gloo'
     default_wrapper = ConfigDict(

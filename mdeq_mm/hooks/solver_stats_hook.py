@@ -22,11 +22,12 @@ _FIELDS = ('nfe', 'residual', 'converged', 'failed')
 class SolverStatsHook(Hook):
     """Logs evaluations of f, residual and convergence; warns in words when something is off.
 
-    Scalars, each a mean over the batch and over processes: ``deq_nfe``, ``deq_residual``
-    (relative, at the returned iterate), ``deq_converged`` (share of samples that reached tol),
-    ``deq_failed`` (samples that diverged or turned non-finite), and ``deq_bwd_*`` of the
-    backward solve. Under ``train/`` every ``interval`` iterations, under ``val/`` and ``test/``
-    as means over the data set. Iterations of an unrolled net log none.
+    Scalars, each a mean over the batch and over processes: ``train/deq_nfe``,
+    ``train/deq_residual`` (relative, at the returned iterate), ``train/deq_converged`` (share of
+    samples that reached tol), ``train/deq_failed`` (samples that diverged or turned non-finite),
+    and ``train/deq_bwd_*`` of the backward solve, every ``interval`` iterations; under ``val/``
+    and ``test/`` the forward ones as means over the data set. Iterations of an unrolled net log
+    none.
 
     Args:
         interval (int): Iterations between reports while training; each waits for the device.
@@ -52,8 +53,7 @@ class SolverStatsHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         scalars = self._collect(runner, ('forward', 'backward'))
-        for key, value in scalars.items():
-            runner.message_hub.update_scalar(f'train/{key}', value)
+        _log(runner, 'train', scalars)
         self._watch(runner, scalars, outputs or {})
 
     def after_val_iter(
@@ -77,8 +77,7 @@ class SolverStatsHook(Hook):
         sums = [float(sum(report[name] for report in reports)) for name in names]
         *sums, count = _mean_over_processes(torch.tensor([*sums, float(len(reports))]))
         if count:
-            for name, total in zip(names, sums):
-                runner.message_hub.update_scalar(f'{mode}/{name}', total / count)
+            _log(runner, mode, {name: total / count for name, total in zip(names, sums)})
 
     def _collect(
         self, runner: Runner, passes: Sequence[str], reduce: bool = True
@@ -142,6 +141,15 @@ class SolverStatsHook(Hook):
         if kind not in self._warned:
             self._warned.add(kind)
             runner.logger.warning(message)
+
+
+def _log(runner: Runner, mode: str, scalars: Dict[str, float]) -> None:
+    """Make scalars appear as ``mode/name``, so that training and evaluation are two curves.
+
+    MM takes ``mode/`` off a name once before it shows it, and so would make them one.
+    """
+    for name, value in scalars.items():
+        runner.message_hub.update_scalar(f'{mode}/{mode}/{name}', value)
 
 
 def _mean_over_processes(values: Tensor) -> List[float]:

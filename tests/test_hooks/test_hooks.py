@@ -154,18 +154,19 @@ def test_warmup_without_an_mdeq_is_an_error(tmp_path):
 def test_solver_stats_reach_log_line_and_scalars(tmp_path):
     run(tmp_path, Toy(), [dict(type='SolverStatsHook', interval=1)])
     rows = scalars(tmp_path)
-    train = [r for r in rows if 'deq_bwd_nfe' in r]
-    assert train and all(r['deq_nfe'] == 4 and r['deq_bwd_nfe'] == 3 for r in train)
-    assert all(0 <= r['deq_residual'] and r['deq_converged'] == 0 for r in train)
-    validated = [r for r in rows if 'deq_nfe' in r and 'deq_bwd_nfe' not in r]
-    assert validated and validated[-1]['deq_nfe'] == 4
-    assert 'deq_nfe: 4.0000' in log_text(tmp_path)
+    train = [r for r in rows if 'train/deq_nfe' in r]
+    assert train and all(r['train/deq_nfe'] == 4 and r['train/deq_bwd_nfe'] == 3 for r in train)
+    assert all(0 <= r['train/deq_residual'] and r['train/deq_converged'] == 0 for r in train)
+    validated = [r for r in rows if 'val/deq_nfe' in r]
+    assert validated and validated[-1]['val/deq_nfe'] == 4
+    assert not any(key.startswith('train/') for key in validated[-1])
+    assert 'train/deq_nfe: 4.0000' in log_text(tmp_path)
 
 
 def test_unrolled_iterations_log_no_solver(tmp_path):
     hooks = [MDEQWarmupHook(unrolled_iters=10), SolverStatsHook(interval=1)]
     run(tmp_path, Toy(), hooks)
-    assert not any('deq_nfe' in row for row in scalars(tmp_path))
+    assert not any('deq_nfe' in key for row in scalars(tmp_path) for key in row)
 
 
 def warnings_of(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from .test_hooks import Toy, run, scalars
 
-TAGS = ('deq_nfe', 'deq_residual', 'deq_converged', 'deq_failed')
+FIELDS = ('nfe', 'residual', 'converged', 'failed')
 
 
 def trained(tmp_path, backend):
@@ -22,14 +22,15 @@ def test_tensorboard_shows_both_solvers_at_every_iteration(tmp_path):
     (folder,) = {path.parent for path in tmp_path.rglob('events.out.tfevents*')}
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    # MM's log processor takes the "train/" and "val/" from a tag before it shows it; validation
-    # steps are told apart by having no backward pass.
-    assert {*TAGS, 'deq_bwd_nfe', 'deq_bwd_residual'} <= set(events.Tags()['scalars'])
-    backward = events.Scalars('deq_bwd_nfe')
+    solves = ('train/deq', 'train/deq_bwd', 'val/deq')
+    wanted = {f'{solve}_{field}' for solve in solves for field in FIELDS}
+    assert {tag for tag in events.Tags()['scalars'] if 'deq_' in tag} == wanted
+    backward = events.Scalars('train/deq_bwd_nfe')
     assert [(e.step, e.value) for e in backward] == [(i, 3.0) for i in range(1, 7)]
-    forward = events.Scalars('deq_nfe')
-    # Six iterations of training and the validations after the third and the sixth.
-    assert [e.value for e in forward] == [4.0] * 8
-    local = [row['deq_residual'] for row in scalars(tmp_path) if 'deq_residual' in row]
-    shown = [e.value for e in events.Scalars('deq_residual')]
-    assert shown == pytest.approx(local)
+    forward = events.Scalars('train/deq_nfe')
+    assert [(e.step, e.value) for e in forward] == [(i, 4.0) for i in range(1, 7)]
+    assert [(e.step, e.value) for e in events.Scalars('val/deq_nfe')] == [(3, 4.0), (6, 4.0)]
+    rows = scalars(tmp_path)
+    for tag in ('train/deq_residual', 'val/deq_residual'):
+        local = [row[tag] for row in rows if tag in row]
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx(local)

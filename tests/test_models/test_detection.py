@@ -165,7 +165,7 @@ def test_the_config_trains_and_validates(mmdet, tmp_path):
     runner = Runner.from_cfg(cfg)
     runner.train()
     assert 'val/coco/bbox_mAP' in runner.message_hub.log_scalars
-    assert runner.message_hub.get_scalar('train/deq_nfe').current() == 3
-    assert runner.message_hub.get_scalar('val/deq_nfe').current() == 3
+    assert runner.message_hub.get_scalar('train/train/deq_nfe').current() == 3
+    assert runner.message_hub.get_scalar('val/val/deq_nfe').current() == 3
     saved = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=True)
     assert any(name.startswith('backbone.cell') for name in saved['state_dict'])

@@ -102,9 +102,9 @@ class ProbeHook(Hook):
                 self.current[name] = dict(stats.summary(), longest=int(stats.num_iter.max()))
         scalars = runner.message_hub.log_scalars.items()
         self.current['logged'] = {
-            key.removeprefix('train/'): float(value.current())
+            key.removeprefix('train/train/'): float(value.current())
             for key, value in scalars
-            if key.startswith('train/deq_')
+            if key.startswith('train/train/deq_')
         }
         self.seen.append(self.current)
 
@@ -198,7 +198,7 @@ def uneven_reports(rank: int, runner: Runner) -> Dict[str, Dict[str, float]]:
     if rank == 1:
         implicit.backward_stats = None
     hook.after_train_iter(runner, 0)
-    names = ('val/deq_nfe', 'train/deq_nfe', 'train/deq_bwd_nfe')
+    names = ('val/val/deq_nfe', 'train/train/deq_nfe', 'train/train/deq_bwd_nfe')
     logged = {name: float(hub.get_scalar(name).current()) for name in names}
     return dict(own=dict(zip(('forward', 'backward'), own)), logged=logged)
 

@@ -184,7 +184,8 @@ def test_two_processes_train_as_one_does(task, load_tool):
     nfe = torch.tensor([run['nfe'][2:] for run in pair])
     assert (nfe[0] != nfe[1]).any(), 'no process had other counts than the other'
     assert_close(nfe.mean(0), torch.tensor(single['nfe'][2:]))
-    for key in ('deq_nfe', 'deq_residual', 'deq_bwd_nfe', 'deq_bwd_residual'):
+    for name in ('nfe', 'residual', 'bwd_nfe', 'bwd_residual'):
+        key = f'train/deq_{name}'
         logged = torch.tensor(
             [task.scalars(run, key, training=True) for run in ('the pair', 'single')]
         )
@@ -220,6 +221,7 @@ def test_a_failing_process_ends_the_run(tmp_path):
     broken.write_bytes(b'no picture')
     flags = [*task.flags('the pair', 3), 'train_dataloader.sampler.shuffle=False']
     out = launch('dist_train.sh', tmp_path, task.config, 2, *flags, expect=1)
+    assert re.search(r'WARNING - .*no SyncBN for CPUs', out), out[-3000:]
     assert re.search(r'\(train\) +\[1\]\[1/3\].* loss: \d', out), out[-3000:]
     # Whose fault it was, and the file's.
     assert re.search(r'rank\s*: 1 ', out), out[-3000:]
@@ -286,10 +288,10 @@ def test_a_process_with_nothing_to_report_neither_counts_nor_blocks(pair):
     assert one['logged'] == two['logged']
     logged = one['logged']
     # Only the first process evaluated anything, and only it had a backward solve.
-    assert logged['val/deq_nfe'] == pytest.approx(one['own']['forward']['nfe'])
-    assert logged['train/deq_bwd_nfe'] == pytest.approx(one['own']['backward']['nfe'])
+    assert logged['val/val/deq_nfe'] == pytest.approx(one['own']['forward']['nfe'])
+    assert logged['train/train/deq_bwd_nfe'] == pytest.approx(one['own']['backward']['nfe'])
     mean = (one['own']['forward']['nfe'] + two['own']['forward']['nfe']) / 2
-    assert logged['train/deq_nfe'] == pytest.approx(mean)
+    assert logged['train/train/deq_nfe'] == pytest.approx(mean)
 
 
 def test_masks_differ_between_processes_and_iterations_but_not_within_a_solve(pair):

@@ -81,7 +81,7 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
         implicit.current_solver.max_iter = count
         metrics = {name: float(value) for name, value in runner.test().items()}
         scalars = runner.message_hub.log_scalars
-        deq = {k[5:]: v.current() for k, v in scalars.items() if k.startswith('test/deq_')}
+        deq = {k.split('/')[-1]: v.current() for k, v in scalars.items() if '/deq_' in k}
         found.append(dict(nfe=count, **metrics, **deq))
     return found
 

@@ -271,5 +271,11 @@ def test_benchmark_runs(tiny):
     code, out, err = run('benchmark', *flags, '--device', 'cpu', '--out', 'bench')
     assert code == 0, err
     result = json.loads(Path('bench/solver.json').read_text())
-    assert result['ratio']['f alone'] == 1 and len(result['median']) == 6
+    assert result['ratio']['f alone'] == 1 and len(result['median']) == 7
     assert Path('bench/solver.png').is_file()
+
+
+def test_benchmark_of_two_processes(tiny):
+    code = 'import benchmark; assert len(benchmark.processes(1, 2, 2)["ratio"]) == 3'
+    path = os.pathsep.join([str(REPO / 'tools/analysis_tools'), *sys.path])
+    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONPATH': path})

@@ -5,10 +5,12 @@
 solver: time of a solve over the time of its calls of f, for every solver.
 step:   a training step (forward and backward) of the tiny CIFAR-10 network at the same number of
         evaluations, beside torchdeq's solvers on the same f, plain backpropagation through as many
-        layers, and mmpretrain's ResNet-101 with a CIFAR stem.
+        layers, mmpretrain's ResNet-101 with a CIFAR stem, and the same calls of f and vjp without
+        a solver, which is as fast as any solver can be.
 memory: peak memory of a step over what was there before it, at growing max_iter, and of
         mmsegmentation's HRNet-W18 on the same crop.
-scale:  how the step grows with batch, resolution, width and evaluations.
+scale:  how the step grows with batch, resolution, width and evaluations, and on CPUs with a second
+        process.
 
 Repetitions are interleaved, so that a machine that changes speed does so for all candidates. The
 result is medians and ratios, as a table, a JSON file and a picture in --out. torchdeq is optional.
@@ -19,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,6 +33,7 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import mdeq_mm
 from mdeq_mm.implicit import pack, unpack
@@ -39,6 +43,8 @@ from mdeq_mm.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden,
 
 TINY = dict(channels=(24, 24), stem_strides=(1, 1))
 SMALL = dict(channels=(32, 64, 128, 256))
+# Of suite scale.
+PROCESSES = 2
 Step = Callable[[], None]
 
 
@@ -167,15 +173,16 @@ def suite_solver(args: argparse.Namespace) -> Dict[str, Any]:
     with torch.no_grad():
         f, z0 = flat_function(net, x)
     options = dict(max_iter=args.nfe, tol=0.0)
+    low = dict(options, history_dtype='bfloat16')
     solvers = {
         'FixedPointIteration': FixedPointIteration(**options),
         'Anderson, memory 5': Anderson(memory=5, **options),
         'Anderson, memory 10': Anderson(memory=10, **options),
         'LimitedMemoryBroyden, memory 5': LimitedMemoryBroyden(memory=5, **options),
         'LimitedMemoryBroyden, memory 10': LimitedMemoryBroyden(memory=10, **options),
+        'LimitedMemoryBroyden, memory 10, bfloat16 history': LimitedMemoryBroyden(memory=10, **low),
     }
 
-    @torch.no_grad()
     def calls() -> None:
         z = z0
         for _ in range(args.nfe):
@@ -184,7 +191,8 @@ def suite_solver(args: argparse.Namespace) -> Dict[str, Any]:
     steps: Dict[str, Step] = {'f alone': calls}
     for name, solver in solvers.items():
         steps[name] = lambda solver=solver: solve(f, z0, solver)
-    times = interleaved(steps, args.repeats, args.device)
+    with torch.no_grad(), parametrize.cached():
+        times = interleaved(steps, args.repeats, args.device)
     return rows(times, base='f alone', caption=f'time over {args.nfe} calls of f')
 
 
@@ -207,7 +215,7 @@ class _Torchdeq(nn.Module):
         def f(*z: Tensor):
             return self.net.cell(z, injection)
 
-        with nn.utils.parametrize.cached():
+        with parametrize.cached():
             z0 = [torch.zeros(len(x), *shape, device=x.device) for shape in shapes]
             return self.deq(f, z0)[0][-1]
 
@@ -218,6 +226,29 @@ def _resnet101(device: str) -> nn.Module:
 
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         return MODELS.build(dict(type='ResNet_CIFAR', depth=101)).to(device)
+
+
+def calls_alone(net: MDEQBackbone, x: Tensor, nfe: int, autocast: Optional[torch.dtype]) -> Step:
+    """What a training step cannot do without: its calls of f and vjp, and one backward pass."""
+    net.train()
+
+    def step() -> None:
+        net.zero_grad(set_to_none=True)
+        enabled = autocast is not None
+        with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=enabled):
+            f, z = flat_function(net, x)
+            with torch.no_grad(), parametrize.cached():
+                for _ in range(nfe):
+                    z = f(z).float()
+            torch.clear_autocast_cache()
+            z.requires_grad_()
+            out = f(z).float()
+        g = torch.ones_like(out)
+        for _ in range(nfe):
+            (g,) = torch.autograd.grad(out, z, g, retain_graph=True)
+        out.backward(g)
+
+    return step
 
 
 def suite_step(args: argparse.Namespace) -> Dict[str, Any]:
@@ -238,6 +269,8 @@ def suite_step(args: argparse.Namespace) -> Dict[str, Any]:
             backbone(device, nfe, gradient=dict(type='JacobianFreeGradient'), **TINY), x
         ),
         f'{nfe} unrolled layers': train_step(backbone(device, unrolled_layers=nfe, **TINY), x),
+        'calls alone': calls_alone(net, x, nfe, None),
+        'calls alone, bf16': calls_alone(net, x, nfe, torch.bfloat16),
         'ResNet-101 (mmpretrain)': train_step(_resnet101(device), x),
     }
     try:
@@ -253,10 +286,13 @@ def suite_step(args: argparse.Namespace) -> Dict[str, Any]:
     for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
         rate = matmul_rate(device, dtype)
         result[f'limit_{name}'] = dict(operations=operations, rate=rate, seconds=operations / rate)
-        ratio = times['mdeq_mm Broyden' + (', bf16' if name == 'bfloat16' else '')] * rate
+        suffix = ', bf16' if name == 'bfloat16' else ''
+        ratio, alone = (
+            times[case + suffix] * rate / operations for case in ('mdeq_mm Broyden', 'calls alone')
+        )
         print(
-            f'  {name}: {operations / 1e9:.0f} GFLOP a step, matmul {rate / 1e9:.0f} GFLOP/s; '
-            f'the step takes {ratio / operations:.2f} times this limit'
+            f'  {name}: {operations / 1e9:.0f} GFLOP a step, matmul {rate / 1e9:.0f} GFLOP/s; the '
+            f'step takes {ratio:.2f} times this limit, its calls alone {alone:.2f}'
         )
     return result
 
@@ -378,7 +414,51 @@ def suite_scale(args: argparse.Namespace) -> Dict[str, Any]:
             x = torch.randn(case['n'], 3, case['size'], case['size'], device=device)
             steps[f'{axis} {value}'] = train_step(net, x)
     times = interleaved(steps, args.repeats, device)
-    return rows(times, base='batch 8', caption='training step, each axis alone')
+    result = rows(times, base='batch 8', caption='training step, each axis alone')
+    return result if device == 'cuda' else dict(result, processes=processes(args.repeats))
+
+
+def _time_process(rank: int, folder: str, repeats: int, nfe: int, batch: int) -> None:
+    """Time a step of one process alone, and of both with a batch each or half of it each."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=PROCESSES
+    )
+    x = torch.randn(batch, 3, 32, 32)
+    alone = train_step(backbone('cpu', nfe, **TINY), x)
+    shared = torch.nn.parallel.DistributedDataParallel(backbone('cpu', nfe, **TINY))
+    steps = {
+        'alone': lambda: alone() if rank == 0 else None,
+        'batch each': train_step(shared, x),
+        'half each': train_step(shared, x[: batch // PROCESSES].clone()),
+    }
+    times: Dict[str, List[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            step()
+            torch.distributed.barrier()
+            times[name].append(time.perf_counter() - start)
+    if rank == 0:
+        # The first round is the warm-up.
+        seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
+        Path(folder, 'seconds.json').write_text(json.dumps(seconds))
+    torch.distributed.destroy_process_group()
+
+
+def processes(repeats: int, nfe: int = 12, batch: int = 16) -> Dict[str, Any]:
+    """Images a second of two processes of one thread each beside one such process."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_time_process, (folder, repeats, nfe, batch), PROCESSES)
+        seconds = json.loads(Path(folder, 'seconds.json').read_text())
+    rates = {
+        '1 process': batch / seconds['alone'],
+        f'{PROCESSES} processes, a batch each': PROCESSES * batch / seconds['batch each'],
+        f'{PROCESSES} processes, one batch together': batch / seconds['half each'],
+    }
+    caption = f'images a second, batch {batch}, {nfe}+{nfe} NFE'
+    return rows(rates, base='1 process', caption=caption, unit='1/s')
 
 
 def rows(values: Dict[str, float], base: str, caption: str, unit: str = 's') -> Dict[str, Any]:

@@ -15,6 +15,4 @@ class MDEQConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         stride = (self.stride[0], 1) if x.shape[-1] == 1 else self.stride
-        return F.conv2d(
-            x, self.weight, self.bias, stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, stride, self.padding, self.dilation, self.groups)

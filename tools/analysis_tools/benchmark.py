@@ -480,10 +480,12 @@ def paint(result: Dict[str, Any], path: Path) -> None:
         for plot, axis in zip(axes, ('batch', 'resolution', 'width', 'nfe')):
             points = {int(k.split()[1]): v for k, v in ratios.items() if k.startswith(axis)}
             plot.plot(list(points), list(points.values()), marker='o')
-            plot.set(xlabel=axis, xscale='log', yscale='log', xticks=list(points))
-            plot.set_xticklabels(list(points))
+            plot.set(xlabel=axis, xscale='log', yscale='log')
+            plot.set_xticks(list(points), list(points))
+            plot.set_yticks([0.25, 0.5, 1, 2, 4], ['0.25', '0.5', '1', '2', '4'])
             plot.minorticks_off()
-        axes[0].set_ylabel('step time, batch 8 = 1')
+            plot.grid(alpha=0.3)
+        axes[0].set_ylabel('time of a step')
     else:
         figure = Figure(figsize=(7, 0.4 * len(ratios) + 1.2), layout='constrained')
         plot = figure.subplots()

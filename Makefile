@@ -25,10 +25,10 @@ $(error STACK=$(STACK): want onedl or upstream)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint format clean
+.PHONY: help install demo test test-slow soak lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): setup.py setup.cfg pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, %s is %s: make PYTHON=/path/to/python" % (sys.executable, sys.version.split()[0]))'
@@ -48,6 +48,10 @@ demo: $(STAMP)  ## train and evaluate a small MDEQ on embedded data, print mIoU 
 test: $(STAMP)  ## run the whole test suite
 	@echo '==> tests'
 	@$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## train the digits network by every gradient: 20 minutes
+	@echo '==> slow tests'
+	@$(BIN)/python -m pytest -m slow
 
 # SEED= repeats a run; unset, each run has one of its own and prints it.
 MINUTES ?= 20

@@ -63,12 +63,12 @@ class IterationSeedHook(Hook):
                 sampler.seed = self._sampler_seed
         # Otherwise each iterator made of the loader takes a number of the global generator.
         loader.generator = torch.Generator().manual_seed(runner.seed)
-        if loader.num_workers:
-            self._batches = _SeededBatches(loader, runner.seed)
+        self._batches = _SeededBatches(loader, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self._batches is not None:
-            self._batches.start = 0 if _skips_by_loading(runner) else runner.iter
+        self._batches.begin(0 if _skips_by_loading(runner) else runner.iter)
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            _renew_iterator(runner.train_loop)
         self._seed(runner, _LOADING, runner.iter)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
@@ -83,9 +83,8 @@ class IterationSeedHook(Hook):
         self._seed(runner, _LOADING, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        if self._batches is not None:
-            self._batches.remove()
-            self._batches = None
+        self._batches.remove()
+        self._batches = None
 
     @staticmethod
     def _seed(runner: Runner, purpose: int, iteration: int) -> None:
@@ -106,31 +105,51 @@ def _skips_by_loading(runner: Runner) -> bool:
     )
 
 
+def _renew_iterator(loop: IterBasedTrainLoop) -> None:
+    """Make the iterator of a loop anew, from the first batch on.
+
+    Upstream makes it with the loop, before any hook: its processes have loaded already, under other
+    seeds and in the order of another sampler's seed.
+    """
+    loader = loop.dataloader
+    for sampler in _seeded_samplers(loader):
+        if isinstance(sampler, InfiniteSampler):
+            # It goes on where it was left, whoever iterates.
+            fresh = InfiniteSampler(sampler.dataset, shuffle=sampler.shuffle, seed=sampler.seed)
+            sampler.indices = fresh.indices
+    # Where its processes persist, a loader keeps them with its iterator.
+    loader._iterator = None
+    loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
+
+
 class _SeededBatches:
-    """Seeds a loader's processes before each batch, by the batch's place in the training.
+    """Seeds a loader before each batch, by the batch's place in the training.
 
     Stands in for the loader's ``collate_fn``, which a process calls once a batch, and for its
     ``worker_init_fn``. Of the batches of an iterator, process w of W makes number w, W + w, ...
+    A loader without any works in the training's own process. The hook seeds that as well, but not
+    between batches that MM loads to skip them.
 
     Args:
         loader: The loader whose functions it takes over.
         seed: The run's seed.
-
-    Attributes:
-        start: Iteration at which the next processes are started.
     """
 
     def __init__(self, loader: DataLoader, seed: int) -> None:
         self.collate: Callable = loader.collate_fn
         self.init: Optional[Callable] = loader.worker_init_fn
         self.seed, self.rank = seed, dist.get_rank()
-        self.num_workers = loader.num_workers
+        self.num_workers = max(loader.num_workers, 1)
         # An infinite sampler never starts a second round.
         infinite = isinstance(loader.sampler, InfiniteSampler)
         self.per_epoch = None if infinite else len(loader)
         self.start = self.worker = self.count = 0
         self._loader = loader
         loader.collate_fn, loader.worker_init_fn = self, self.start_worker
+
+    def begin(self, start: int) -> None:
+        """Say at which iteration the next iterator of the loader begins."""
+        self.start, self.count = start, 0
 
     def remove(self) -> None:
         """Give the loader its own functions back."""

@@ -162,6 +162,7 @@ class SecantSolver(Solver):
         state.g = g
         weights = state.weights(projection)
         if state.images.dtype != g.dtype:
+            # A product takes one dtype, and the step is to have that of g.
             combination = _combine(weights, state.images[:, :used])
             return torch.sub(self.mixing * g, combination, out=state.step)
         return torch.baddbmm(

@@ -8,7 +8,7 @@ at z*; exact is (I - J')^-1 v (paper, Eq. 3).
 gradient                   v becomes                       cost, beyond one f and vjp
 =========================  ==============================  ============================
 ImplicitGradient           (I - J')^-1 v to tol            max_iter vjp, solver memory
-TruncatedGradient          sum of the first k + 1 (J')^i v k vjp
+TruncatedGradient          k damped steps towards that     k vjp
 JacobianFreeGradient       v                               none
 SharedInverseGradient      -H'v, H the forward solver's    one pass over the solver's
                            estimate of (J - I)^-1          history, kept until then
@@ -109,28 +109,34 @@ class ImplicitGradient(Gradient):
 @TASK_UTILS.register_module()
 @checks_options
 class TruncatedGradient(Gradient):
-    """The first terms of the Neumann series: v + J'v + ... + (J')^steps v.
+    """A few damped iterations of g = J'g + v from v, in place of its solution.
 
-    Biased by what the series leaves out, at most ``rho^(steps + 1)`` of the exact gradient for
-    a J of norm rho < 1.
+    At ``damping=1`` the first terms of the Neumann series, v + J'v + ... + (J')^steps v. Biased by
+    what the series leaves out, at most ``rho^(steps + 1)`` of the exact gradient for a J of norm
+    rho < 1. Where f does not contract, as it need not while it is trained, these terms grow.
 
     Args:
         steps (int): Vector-Jacobian products.
+        damping (float): Each step is g <- (1 - damping) g + damping (J'g + v), in (0, 1].
     """
 
-    def __init__(self, steps: int = 5) -> None:
+    def __init__(self, steps: int = 5, damping: float = 0.5) -> None:
         self.steps = check_int('TruncatedGradient', 'steps', steps, minimum=1)
+        self.damping = check_number('TruncatedGradient', 'damping', damping, 0, 1, open_low=True)
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
         z, out = _one_call(f, solution)
-        return _on_gradient(out, lambda v: _neumann(out, z, v, v, self.steps))
+        return _on_gradient(out, lambda v: _neumann(out, z, v, v, self.steps, self.damping))
 
 
-def _neumann(out: Tensor, z: Tensor, v: Tensor, start: Tensor, steps: int) -> Tensor:
-    """``steps`` plain iterations of g = J'g + v from ``start``."""
+def _neumann(
+    out: Tensor, z: Tensor, v: Tensor, start: Tensor, steps: int, damping: float = 1.0
+) -> Tensor:
+    """``steps`` damped iterations of g = J'g + v from ``start``."""
     g = start
     for _ in range(steps):
-        g = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
+        change = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
+        g = torch.lerp(g, change, damping)
     return g
 
 

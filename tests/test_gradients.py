@@ -82,8 +82,8 @@ def test_truncated_and_jacobian_free_are_the_first_terms_of_the_series(parts):
     w, x, v = parts
     for gradient, terms in (
         (JacobianFreeGradient(), 1),
-        (TruncatedGradient(steps=1), 2),
-        (TruncatedGradient(steps=4), 5),
+        (TruncatedGradient(steps=1, damping=1), 2),
+        (TruncatedGradient(steps=4, damping=1), 5),
     ):
         got = torch.autograd.grad(run(ImplicitLayer(TIGHT, gradient), w, x), (w, x), v)
         torch.testing.assert_close(got, neumann(w, x, v, terms), atol=1e-9, rtol=1e-7)
@@ -96,6 +96,20 @@ def test_truncated_gradient_converges_to_the_exact_one(parts):
         run(ImplicitLayer(TIGHT, TruncatedGradient(steps=150)), w, x), (w, x), v
     )
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_damping_tames_a_series_whose_terms_grow():
+    w = torch.tensor([[-1.5]], dtype=torch.float64)
+    x = torch.tensor([[1.0], [-2.0]], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
+    got = {}
+    for damping in (1.0, 0.5):
+        layer = ImplicitLayer(TIGHT, TruncatedGradient(steps=30, damping=damping))
+        out = layer(lambda z: z @ w.T + x, torch.zeros_like(x))
+        (got[damping],) = torch.autograd.grad(out, x, v)
+    # (1 - J')^-1 v
+    torch.testing.assert_close(got[0.5], v / 2.5)
+    assert (got[1.0].abs() > 1e4 * v.abs()).all()
 
 
 def test_shared_inverse_is_exact_in_one_dimension():
@@ -111,7 +125,7 @@ def test_shared_inverse_is_exact_in_one_dimension():
     got = grads(SharedInverseGradient(max_growth=10.0))
     torch.testing.assert_close(got, grads(EXACT))
     # g = v / (1 - w) is 2.5 v: beyond a smaller limit it falls back.
-    torch.testing.assert_close(grads(SharedInverseGradient(2)), grads(TruncatedGradient(2)))
+    torch.testing.assert_close(grads(SharedInverseGradient(2)), grads(TruncatedGradient(2, damping=1)))
 
 
 def test_shared_inverse_refines_to_the_exact_gradient(parts):
@@ -270,6 +284,7 @@ def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
         (lambda: ImplicitLayer(TIGHT, dict(type='ImplicitGradient', slover=1)), ['solver']),
         (lambda: ImplicitLayer(TIGHT, EXACT, unrolled_layers=-1), ['unrolled_layers', '-1']),
         (lambda: TruncatedGradient(steps=0), ['steps', '0']),
+        (lambda: TruncatedGradient(damping=0), ['damping', '0']),
         (lambda: PhantomGradient(damping=1.5), ['damping', '1.5']),
     ],
 )

@@ -125,7 +125,8 @@ def test_shared_inverse_is_exact_in_one_dimension():
     got = grads(SharedInverseGradient(max_growth=10.0))
     torch.testing.assert_close(got, grads(EXACT))
     # g = v / (1 - w) is 2.5 v: beyond a smaller limit it falls back.
-    torch.testing.assert_close(grads(SharedInverseGradient(2)), grads(TruncatedGradient(2, damping=1)))
+    truncated = grads(TruncatedGradient(2, damping=1))
+    torch.testing.assert_close(grads(SharedInverseGradient(2)), truncated)
 
 
 def test_shared_inverse_refines_to_the_exact_gradient(parts):

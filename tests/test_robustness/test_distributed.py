@@ -31,9 +31,9 @@ model = dict(
             expansion=1,
             norm_cfg=dict(type='GN', num_groups=4),
             stem_norm_cfg=dict(type='GN', num_groups=4),
-            solver=dict(type='Anderson', max_iter=12, tol=0.2),
+            solver=dict(type='Anderson', max_iter=20, tol=0.2),
             gradient=dict(
-                type='ImplicitGradient', solver=dict(type='Anderson', max_iter=12, tol=0.2)
+                type='ImplicitGradient', solver=dict(type='Anderson', max_iter=20, tol=0.2)
             ),
         ),
         {head}

@@ -389,8 +389,9 @@ def test_compiled_cell_trains_as_the_cell_does(drop_rate):
     for net in (compiled, copy.deepcopy(compiled)):
         for a, b in zip(gradients(net, image()), gradients(plain, image()), strict=True):
             torch.testing.assert_close(a, b)
+        # One for the solve, one for the call that keeps its graph, and one that makes the masks.
         made = graphs['unique_graphs']
-        assert made > 0
+        assert 0 < made <= 3
         gradients(net, image(seed=2))
         assert graphs['unique_graphs'] == made
     torch._dynamo.reset()

@@ -45,7 +45,7 @@ demo: $(STAMP)  ## train and evaluate a small MDEQ on embedded data, print mIoU 
 	@echo '==> demo'
 	@$(BIN)/python tools/demo.py
 
-test: $(STAMP)  ## run the whole test suite
+test: $(STAMP)  ## run the test suite, but for the slow tests
 	@echo '==> tests'
 	@$(BIN)/python -m pytest
 

@@ -286,6 +286,17 @@ def allow_mm_globals() -> None:
     torch.serialization.add_safe_globals(_mm_globals())
 
 
+def allow_repeated_backward() -> None:
+    """Let the backward pass of what is compiled from now on run more than once.
+
+    By itself a compiled graph gives the memory of what it keeps for that pass to the pass. torch
+    has no switch for one graph alone.
+    """
+    import torch._functorch.config as config
+
+    config.donated_buffer = False
+
+
 def force_safe_loading() -> None:
     """Make every ``torch.load`` of this process, mmengine's too, refuse what is not plain data.
 

@@ -135,8 +135,8 @@ def _neumann(
     """``steps`` damped iterations of g = J'g + v from ``start``."""
     g = start
     for _ in range(steps):
-        change = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
-        g = torch.lerp(g, change, damping)
+        new = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
+        g = torch.lerp(g, new, damping)
     return g
 
 

@@ -10,6 +10,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..compat import allow_repeated_backward
 from ..implicit import ImplicitLayer, Shape, pack, unpack
 from ..layers import check_groups, reset_masks
 from ..options import check_int, check_number, checks_options
@@ -116,12 +117,9 @@ class MDEQBackbone(BaseModule):
         self._freeze()
 
     def _compile_cell(self, options: Dict[str, Any]) -> None:
-        import torch._functorch.config as config
-
         self._parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
-        # A compiled graph gives the memory of what it keeps for its backward pass to that pass,
-        # which then cannot be repeated: the adjoint solver repeats it. There is no smaller switch.
-        config.donated_buffer = False
+        # The adjoint solver repeats it.
+        allow_repeated_backward()
         self.cell.compile(**options)
 
     def _make_stem(self, in_channels: int, norm_cfg: Dict[str, Any]) -> nn.Sequential:

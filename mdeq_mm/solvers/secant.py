@@ -152,9 +152,8 @@ class SecantSolver(Solver):
             return torch.mul(g, self.mixing, out=state.step)
         slot = state.count % state.tests.shape[1]
         state.count += 1
-        used = state.used
-        self.remember(state.tests[:, slot], state.images[:, slot], last_step, g, state.g)
-        test = state.tests[:, slot]
+        used, test = state.used, state.tests[:, slot]
+        self.remember(test, state.images[:, slot], last_step, g, state.g)
         torch.linalg.vector_norm(test, dim=1, dtype=g.dtype, out=state.norms[:, slot])
         projection = _project(state.tests[:, :used], g)
         self.update_matrix(state, slot, projection)

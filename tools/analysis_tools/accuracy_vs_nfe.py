@@ -81,7 +81,8 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
         implicit.current_solver.max_iter = count
         metrics = {name: float(value) for name, value in runner.test().items()}
         scalars = runner.message_hub.log_scalars
-        deq = {k.split('/')[-1]: v.current() for k, v in scalars.items() if '/deq_' in k}
+        names = [key for key in scalars if key.startswith('test/test/deq_')]
+        deq = {key.removeprefix('test/test/'): scalars[key].current() for key in names}
         found.append(dict(nfe=count, **metrics, **deq))
     return found
 

@@ -21,9 +21,11 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -121,6 +123,11 @@ def backbone(device: str, nfe: int = 24, solver: str = 'LimitedMemoryBroyden', *
     return MDEQBackbone(solver=parts, **options).to(device)
 
 
+def precision(device: torch.device, dtype: Optional[torch.dtype]) -> torch.autocast:
+    """Autocast to ``dtype``, or none."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def train_step(net: nn.Module, x: Tensor, autocast: Optional[torch.dtype] = None) -> Step:
     """Forward and backward of a network on random targets."""
     net.train()
@@ -129,8 +136,7 @@ def train_step(net: nn.Module, x: Tensor, autocast: Optional[torch.dtype] = None
 
     def step() -> None:
         net.zero_grad(set_to_none=True)
-        enabled = autocast is not None
-        with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=enabled):
+        with precision(x.device, autocast):
             outs = net(x)
         outs = outs if isinstance(outs, (tuple, list)) else (outs,)
         if not directions:
@@ -234,8 +240,7 @@ def calls_alone(net: MDEQBackbone, x: Tensor, nfe: int, autocast: Optional[torch
 
     def step() -> None:
         net.zero_grad(set_to_none=True)
-        enabled = autocast is not None
-        with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=enabled):
+        with precision(x.device, autocast):
             f, z = flat_function(net, x)
             with torch.no_grad(), parametrize.cached():
                 for _ in range(nfe):
@@ -432,17 +437,17 @@ def _time_process(rank: int, folder: str, repeats: int, nfe: int, batch: int) ->
         'batch each': train_step(shared, x),
         'half each': train_step(shared, x[: batch // PROCESSES].clone()),
     }
-    times: Dict[str, List[float]] = {name: [] for name in steps}
-    for _ in range(repeats + 1):
-        for name, step in steps.items():
-            torch.distributed.barrier()
-            start = time.perf_counter()
-            step()
-            torch.distributed.barrier()
-            times[name].append(time.perf_counter() - start)
+
+    def until_all_are_done(step: Step) -> None:
+        step()
+        torch.distributed.barrier()
+
+    if rank:
+        # The first one reports.
+        sys.stdout = open(os.devnull, 'w')
+    steps = {name: partial(until_all_are_done, step) for name, step in steps.items()}
+    seconds = interleaved(steps, repeats, 'cpu')
     if rank == 0:
-        # The first round is the warm-up.
-        seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
         Path(folder, 'seconds.json').write_text(json.dumps(seconds))
     torch.distributed.destroy_process_group()
 

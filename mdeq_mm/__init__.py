@@ -20,7 +20,7 @@ if not _ONLY_CHECKED:
     # First: a doubled or mixed stack fails in ways that do not name it.
     check_stack()
     try:
-        from . import hooks, layers, models  # noqa: F401
+        from . import hooks, layers, models, registry  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f'mdeq_mm cannot be imported, {error}: "python -m mdeq_mm.check" says what of its '

@@ -9,9 +9,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ..implicit import SolverStats
+from ..deq.layer import SolverStats
+from ..deq.solvers import Status
 from ..options import check_int, check_number, checks_options
-from ..solvers import Status
 from .warmup_hook import mdeq_backbones
 
 _FIELDS = ('nfe', 'residual', 'converged', 'failed')

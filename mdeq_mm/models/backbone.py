@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..compat import allow_repeated_backward
-from ..implicit import ImplicitLayer, Shape, pack, unpack
+from ..deq.layer import ImplicitLayer
+from ..deq.problem import Shape, pack, unpack
+from ..deq.solvers.base import Function
 from ..layers import check_groups, reset_masks
 from ..options import check_int, check_number, checks_options
-from ..solvers.base import Function
 from .cell import MDEQCell
 
 _DEFAULT_INIT = (
@@ -44,7 +45,7 @@ class MDEQBackbone(BaseModule):
         stem_norm_cfg (dict): Normalization in stem and injection.
         solver (dict): Solver of the forward pass: ``FixedPointIteration``, ``Anderson`` or
             ``LimitedMemoryBroyden`` with its options.
-        gradient (dict): How gradients pass the equilibrium; see :mod:`mdeq_mm.gradients`.
+        gradient (dict): How gradients pass the equilibrium; see :mod:`mdeq_mm.deq.gradients`.
         unrolled_layers (int): If positive, an explicit weight-tied net of so many layers takes
             the place of the equilibrium. ``MDEQWarmupHook`` sets it for a time.
         eval_solver (dict, optional): Options of ``solver`` that differ in evaluation mode:

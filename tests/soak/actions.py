@@ -9,9 +9,9 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from torch import Tensor
 
-from mdeq_mm.build import build_part
 from mdeq_mm.compat import verify_checkpoint
-from mdeq_mm.solvers import Solver
+from mdeq_mm.deq.solvers import Solver
+from mdeq_mm.registry import build_part
 
 from ..test_robustness.test_framework import loss_of
 from .case import (

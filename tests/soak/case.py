@@ -17,10 +17,10 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mdeq_mm.implicit import SolverStats
+from mdeq_mm.deq.layer import SolverStats
+from mdeq_mm.deq.solvers import Solver, Status
 from mdeq_mm.layers import VariationalDropout2d
 from mdeq_mm.models import MDEQBackbone
-from mdeq_mm.solvers import Solver, Status
 
 from ..test_robustness import SOLVERS
 from ..test_robustness.test_shapes import halved, metas

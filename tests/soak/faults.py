@@ -11,10 +11,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from mdeq_mm.build import build_part
 from mdeq_mm.compat import UnsafeCheckpointError, verify_checkpoint
-from mdeq_mm.implicit import SolverStats
-from mdeq_mm.solvers import Anderson, Solution, Solver, Status, solve
+from mdeq_mm.deq.layer import SolverStats
+from mdeq_mm.deq.solvers import Anderson, Solution, Solver, Status, solve
+from mdeq_mm.registry import build_part
 
 from ..test_robustness import SOLVERS
 from ..test_robustness.test_framework import loss_of

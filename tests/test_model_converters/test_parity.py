@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 import mdeq_mm  # noqa: F401
-from mdeq_mm.build import build_part
-from mdeq_mm.gradients import Gradient
-from mdeq_mm.implicit import pack, unpack
-from mdeq_mm.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
+from mdeq_mm.deq.gradients import Gradient
+from mdeq_mm.deq.problem import pack, unpack
+from mdeq_mm.deq.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
+from mdeq_mm.registry import build_part
 
 from .official import (
     ROOT,

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from mdeq_mm.implicit import ImplicitLayer
+from mdeq_mm.deq.layer import ImplicitLayer
 
 from . import SOLVERS, tiny_backbone
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit import ImplicitLayer
-from mdeq_mm.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Status, solve
+from mdeq_mm.deq.layer import ImplicitLayer
+from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Status, solve
 
 from . import SOLVERS, contracting, tiny_backbone
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit import ImplicitLayer, SolverStats
+from mdeq_mm.deq.layer import ImplicitLayer, SolverStats
 from mdeq_mm.models import MDEQBackbone
 
 pytest.importorskip('mmseg')

@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import mdeq_mm
-from mdeq_mm.implicit import pack, unpack
+from mdeq_mm.deq.problem import pack, unpack
+from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
 from mdeq_mm.layers import reset_masks
 from mdeq_mm.models import MDEQBackbone
-from mdeq_mm.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
 
 TINY = dict(channels=(24, 24), stem_strides=(1, 1))
 SMALL = dict(channels=(32, 64, 128, 256))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdeq_mm.solvers.base import Function
+from mdeq_mm.deq.solvers.base import Function
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

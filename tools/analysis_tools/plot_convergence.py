@@ -26,9 +26,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
+from mdeq_mm.deq.solvers.base import Function
 from mdeq_mm.models import MDEQBackbone
-from mdeq_mm.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
-from mdeq_mm.solvers.base import Function
 
 COLOURS = {'Broyden': 'tab:blue', 'Anderson': 'tab:green', 'plain iteration': 'tab:orange'}
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mdeq_mm.implicit import ImplicitLayer, pack, unpack
-from mdeq_mm.solvers import Anderson, Status
+from mdeq_mm.deq.layer import ImplicitLayer
+from mdeq_mm.deq.problem import pack, unpack
+from mdeq_mm.deq.solvers import Anderson, Status
 
 SHAPES = [(4, 5, 7), (6, 3, 4), (2, 1, 1)]
 

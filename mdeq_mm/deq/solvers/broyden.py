@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..options import checks_options
+from ...options import checks_options
 from .secant import SecantSolver, SecantState, _project
 
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..options import check_int, check_number
+from ...options import check_int, check_number
 
 Function = Callable[[Tensor], Tensor]
 

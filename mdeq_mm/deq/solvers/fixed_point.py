@@ -4,7 +4,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from ..options import check_number, checks_options
+from ...options import check_number, checks_options
 from .base import Solver
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdeq_mm.solvers import (
+from mdeq_mm.deq.solvers import (
     Anderson,
     FixedPointIteration,
     LimitedMemoryBroyden,
@@ -12,7 +12,7 @@ from mdeq_mm.solvers import (
     solve,
 )
 
-from .problems import affine_contraction, cosine, expanding_root, rotation, textbook_broyden
+from ..problems import affine_contraction, cosine, expanding_root, rotation, textbook_broyden
 
 ALL = [
     lambda **kw: FixedPointIteration(**kw),

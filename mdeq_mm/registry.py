@@ -4,13 +4,22 @@ from typing import Any, Mapping, Type, TypeVar, Union
 
 from mmengine.registry import TASK_UTILS
 
+from .deq import gradients, solvers
 from .options import closest, describe
-from .solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden
 
 T = TypeVar('T')
 
-for _solver in (FixedPointIteration, Anderson, LimitedMemoryBroyden):
-    TASK_UTILS.register_module(module=_solver)
+for _part in (
+    solvers.FixedPointIteration,
+    solvers.Anderson,
+    solvers.LimitedMemoryBroyden,
+    gradients.ImplicitGradient,
+    gradients.TruncatedGradient,
+    gradients.JacobianFreeGradient,
+    gradients.SharedInverseGradient,
+    gradients.PhantomGradient,
+):
+    TASK_UTILS.register_module(module=_part)
 
 
 def build_part(cfg: Union[Mapping[str, Any], T], kind: Type[T]) -> T:

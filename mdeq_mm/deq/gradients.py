@@ -19,11 +19,9 @@ PhantomGradient            v through k damped layers       k f and vjp, k graphs
 from typing import Any, Callable, Dict, Optional, Union
 
 import torch
-from mmengine.registry import TASK_UTILS
 from torch import Tensor
 
-from .build import build_part
-from .options import check_int, check_number, checks_options
+from ..options import check_int, check_number, checks_options
 from .solvers import Solution, Solver, solve
 from .solvers.base import Function
 
@@ -80,7 +78,6 @@ def _on_gradient(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return view
 
 
-@TASK_UTILS.register_module()
 @checks_options
 class ImplicitGradient(Gradient):
     """The exact gradient: solves g = J'g + v in the backward hook (paper, Eq. 4).
@@ -90,6 +87,8 @@ class ImplicitGradient(Gradient):
     """
 
     def __init__(self, solver: Union[Dict[str, Any], Solver]) -> None:
+        from ..registry import build_part
+
         self.solver = build_part(solver, Solver)
 
     def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
@@ -106,7 +105,6 @@ class ImplicitGradient(Gradient):
         return _on_gradient(out, change)
 
 
-@TASK_UTILS.register_module()
 @checks_options
 class TruncatedGradient(Gradient):
     """A few damped iterations of g = J'g + v from v, in place of its solution.
@@ -140,7 +138,6 @@ def _neumann(
     return g
 
 
-@TASK_UTILS.register_module()
 @checks_options
 class JacobianFreeGradient(Gradient):
     """The gradient of one application of f at the equilibrium, as if z* were a constant."""
@@ -152,7 +149,6 @@ class JacobianFreeGradient(Gradient):
         return f(solution.z.detach())
 
 
-@TASK_UTILS.register_module()
 @checks_options
 class SharedInverseGradient(Gradient):
     """Reuses the inverse Jacobian the forward quasi-Newton solver has learnt (SHINE).
@@ -192,7 +188,6 @@ class SharedInverseGradient(Gradient):
         return _on_gradient(out, change)
 
 
-@TASK_UTILS.register_module()
 @checks_options
 class PhantomGradient(Gradient):
     """Plain backpropagation through a few damped layers that start at the equilibrium.

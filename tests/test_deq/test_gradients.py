@@ -7,16 +7,16 @@ import weakref
 import pytest
 import torch
 
-from mdeq_mm.build import build_part
-from mdeq_mm.gradients import (
+from mdeq_mm.deq.gradients import (
     ImplicitGradient,
     JacobianFreeGradient,
     PhantomGradient,
     SharedInverseGradient,
     TruncatedGradient,
 )
-from mdeq_mm.implicit import ImplicitLayer
-from mdeq_mm.solvers import Solver, solve
+from mdeq_mm.deq.layer import ImplicitLayer
+from mdeq_mm.deq.solvers import Solver, solve
+from mdeq_mm.registry import build_part
 
 TIGHT = dict(type='LimitedMemoryBroyden', max_iter=200, tol=1e-13, memory=20)
 EXACT = dict(type='ImplicitGradient', solver=TIGHT)

@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..options import check_choice, check_int
+from ...options import check_choice, check_int
 from .base import Solver
 
 

@@ -1,16 +1,18 @@
 """Checks of what a user wrote: an error names the value, the valid choices and the remedy."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
-from typing import Any, Iterable, Optional, Type, TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 T = TypeVar('T', bound=type)
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
     """A ``did you mean`` hint for a misspelt name, empty where nothing is near."""
-    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
@@ -31,6 +33,20 @@ def checks_options(cls: T) -> T:
 
     cls.__init__ = checked
     return cls
+
+
+def immutable(cls: T) -> T:
+    """Class decorator: a frozen dataclass that checks its options and says how to change them."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__setattr__ = _refuse_change
+    return checks_options(cls)
+
+
+def _refuse_change(self: Any, name: str, value: Any) -> None:
+    raise AttributeError(
+        f'{type(self).__name__} cannot be changed: make another one by '
+        f'replace({name}={value!r}) and put it in the place of this one.'
+    )
 
 
 def check_int(owner: str, name: str, value: Any, minimum: int) -> int:
@@ -75,6 +91,23 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> A
     return value
 
 
-def describe(cls: Optional[Type]) -> str:
+def check_flag(owner: str, name: str, value: Any) -> bool:
+    """``value`` if it is True or False, else a ValueError saying so."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{owner}: {name} must be True or False, got {value!r}.')
+    return value
+
+
+def check_kind(owner: str, name: str, value: Any, kind: type) -> Any:
+    """``value`` if it is an instance of ``kind``, else a TypeError that says how to make one."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f'{owner}: {name} must be a {kind.__name__}, got {value!r}. Where it is described by '
+            'a dict, mdeq_mm.registry makes one of it.'
+        )
+    return value
+
+
+def describe(cls: type | None) -> str:
     """Module and name of a class, for messages."""
     return 'None' if cls is None else f'{cls.__module__}.{cls.__qualname__}'

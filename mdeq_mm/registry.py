@@ -1,38 +1,42 @@
-"""Builds the parts of an implicit layer from config dicts; their names live in MM's registry."""
+"""The border between configs and the core: dicts become objects of :mod:`mdeq_mm.deq`.
 
-from typing import Any, Mapping, Type, TypeVar, Union
+The core's own parts are registered here; those of a user by ``@TASK_UTILS.register_module()``.
+"""
 
-from mmengine.registry import TASK_UTILS
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from .deq import gradients, solvers
+from mmengine.registry import MODELS, TASK_UTILS
+
+from . import deq
 from .options import closest, describe
 
 T = TypeVar('T')
 
-for _part in (
-    solvers.FixedPointIteration,
-    solvers.Anderson,
-    solvers.LimitedMemoryBroyden,
-    gradients.ImplicitGradient,
-    gradients.TruncatedGradient,
-    gradients.JacobianFreeGradient,
-    gradients.SharedInverseGradient,
-    gradients.PhantomGradient,
-):
-    TASK_UTILS.register_module(module=_part)
+_WORDS = {deq.ZeroStart: 'start', deq.JacobianRegularizer: 'regularizer'}
+_BASES = (deq.Part, deq.Solver, deq.Gradient)
+for _name in deq.__all__:
+    _part = getattr(deq, _name)
+    if isinstance(_part, type) and issubclass(_part, deq.Part) and _part not in _BASES:
+        TASK_UTILS.register_module(module=_part)
 
 
-def build_part(cfg: Union[Mapping[str, Any], T], kind: Type[T]) -> T:
-    """The solver or gradient a config describes.
+def build_part(cfg: Mapping[str, Any] | T, kind: type[T]) -> T:
+    """The solver, gradient, start or regularizer a config describes.
 
     Args:
         cfg (dict | object): ``dict(type=NAME, **options)``, or an instance, which is returned.
-        kind (type): What it has to be, e.g. :class:`~mdeq_mm.solvers.Solver`. Every registered
+            Options that are such dicts themselves, as a gradient's solver, become parts, too.
+        kind (type): What it has to be, e.g. :class:`~mdeq_mm.deq.Solver`. Every registered
             subclass is a valid choice, those of a user's ``custom_imports`` included.
+
+    Raises:
+        TypeError: ``cfg`` is no dict with a type, or has an option that the class has not.
+        ValueError: The type is no such part, or an option has a value it cannot have.
     """
     if isinstance(cfg, kind):
         return cfg
-    what = kind.__name__.lower()
+    what = _WORDS.get(kind, kind.__name__.lower())
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise TypeError(f"{what} must be a dict with a 'type', got {cfg!r}.")
     options = dict(cfg)
@@ -48,4 +52,47 @@ def build_part(cfg: Union[Mapping[str, Any], T], kind: Type[T]) -> T:
         raise ValueError(
             f'{name!r} is not a {what}{found}.{closest(name, valid)} Valid: {", ".join(valid)}.'
         )
+    for key, value in options.items():
+        if key == 'solver':
+            options[key] = build_part(value, deq.Solver)
+        elif isinstance(value, list):
+            # What a config file or the command line has for a pair.
+            options[key] = tuple(value)
     return cls(**options)
+
+
+@MODELS.register_module(name='ImplicitLayer')
+def build_implicit(
+    solver: Mapping[str, Any] | deq.Solver,
+    gradient: Mapping[str, Any] | deq.Gradient,
+    start: Mapping[str, Any] | deq.ZeroStart = dict(type='ZeroStart'),
+    eval_solver: Mapping[str, Any] | deq.Solver | None = None,
+    regularizer: Mapping[str, Any] | deq.JacobianRegularizer | None = None,
+    **options: Any,
+) -> deq.ImplicitLayer:
+    """An :class:`~mdeq_mm.deq.ImplicitLayer` of configs, for a module of one's own.
+
+    Args:
+        solver (dict | Solver): Finds the equilibrium.
+        gradient (dict | Gradient): Carries gradients past it.
+        start (dict | ZeroStart): Where a solve begins.
+        eval_solver (dict | Solver, optional): Options of ``solver`` that differ in evaluation
+            mode, as ``dict(max_iter=18)``. A ``type`` among them replaces the solver whole.
+        regularizer (dict | JacobianRegularizer, optional): A penalty in training.
+        options: The other options of ``ImplicitLayer``.
+    """
+    solver = build_part(solver, deq.Solver)
+    if isinstance(eval_solver, Mapping) and 'type' not in eval_solver:
+        eval_solver = solver.replace(**eval_solver)
+    elif eval_solver is not None:
+        eval_solver = build_part(eval_solver, deq.Solver)
+    if regularizer is not None:
+        regularizer = build_part(regularizer, deq.JacobianRegularizer)
+    return deq.ImplicitLayer(
+        solver,
+        build_part(gradient, deq.Gradient),
+        build_part(start, deq.ZeroStart),
+        eval_solver=eval_solver,
+        regularizer=regularizer,
+        **options,
+    )

@@ -5,7 +5,6 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import nn
-from torch.nn.utils import parametrize
 
 from mdeq_mm.layers import (
     MDEQConv2d,
@@ -13,7 +12,6 @@ from mdeq_mm.layers import (
     VariationalDropout2d,
     build_norm,
     reset_masks,
-    weight_normed,
 )
 
 
@@ -115,17 +113,6 @@ class TestGroupNorm:
     def test_batch_norm_in_f_is_refused(self, kind):
         with pytest.raises(ValueError, match='batch statistics'):
             build_norm(dict(type=kind), 32)
-
-
-def test_weight_norm_is_made_once_inside_a_cache():
-    conv = weight_normed(nn.Conv2d(3, 4, 3))
-    norms = conv.weight.flatten(1).norm(dim=1)
-    torch.testing.assert_close(norms, conv.parametrizations.weight.original0.flatten())
-    assert conv.weight is not conv.weight
-    with parametrize.cached():
-        assert conv.weight is conv.weight
-    plain = nn.Conv2d(3, 4, 3)
-    assert weight_normed(plain, enabled=False) is plain and not parametrize.is_parametrized(plain)
 
 
 @pytest.mark.parametrize('size', [(7, 1), (1, 1), (1, 7), (6, 5)])

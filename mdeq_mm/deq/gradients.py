@@ -12,92 +12,102 @@ TruncatedGradient          k damped steps towards that     k vjp
 JacobianFreeGradient       v                               none
 SharedInverseGradient      -H'v, H the forward solver's    one pass over the solver's
                            estimate of (J - I)^-1          history, kept until then
-PhantomGradient            v through k damped layers       k f and vjp, k graphs
+PhantomGradient            v through k damped layers       k - 1 f and vjp, k graphs
 =========================  ==============================  ============================
 """
 
-from typing import Any, Callable, Dict, Optional, Union
+from collections.abc import Callable
+from dataclasses import field
 
 import torch
 from torch import Tensor
 
-from ..options import check_int, check_number, checks_options
-from .solvers import Solution, Solver, solve
-from .solvers.base import Function
+from ..options import check_int, check_kind, check_number, immutable
+from .solvers import LimitedMemoryBroyden, Solution, Solver, solve
+from .solvers.base import Function, Part
 
 Report = Callable[[Solution], None]
 
 
-class Gradient:
+class Gradient(Part):
     """A way for a gradient to pass an equilibrium.
 
     Attributes:
-        needs_state (bool): Whether the solution must carry the forward solver's final state.
+        needs_state (bool): Whether the solution must carry the forward solver's final state, an
+            estimate of the inverse Jacobian.
     """
 
     needs_state = False
 
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         """``f(z*)``, (N, D), differentiable in all that f depends on.
+
+        Called in grad mode. Where no gradient is wanted, ``ImplicitLayer`` calls f itself.
 
         Args:
             f: The function of the equilibrium.
-            solution: What :func:`~mdeq_mm.solvers.solve` found.
+            solution: What :func:`~mdeq_mm.deq.solve` found.
             report: Called with the solution of the backward solve, once there is one.
         """
         raise NotImplementedError
 
 
-def _one_call(f: Function, solution: Solution) -> tuple:
+def _one_call(f: Function, solution: Solution) -> tuple[Tensor, Tensor]:
     """``z*`` as a leaf and ``f(z*)`` with its graph."""
     z = solution.z.detach().requires_grad_()
     return z, f(z)
 
 
-def _on_gradient(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """``out``, with ``change`` applied to the gradient that reaches it.
+def _vjp(out: Tensor, z: Tensor, v: Tensor) -> Tensor:
+    """J'v. Zero where ``out`` does not depend on ``z``."""
+    (grad,) = torch.autograd.grad(out, z, v, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(v) if grad is None else grad
 
-    The hook sits on a view: the graph of ``out`` itself stays free of it, so the hook may
-    differentiate ``out`` again, nothing has to be removed, and forwards do not share state.
+
+def _on_gradient(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``out``, with ``change`` applied to the gradient that passes on to f.
+
+    The hook sits on a view between two: the graph of ``out`` itself stays free of it, so the hook
+    may differentiate ``out`` again, and whoever differentiates with respect to the returned tensor
+    gets the loss's own gradient.
     """
     if not out.requires_grad:
         return out
-    view = out.view_as(out)
+    inner = out.view_as(out)
 
-    def hook(grad: Optional[Tensor]) -> Optional[Tensor]:
+    def hook(grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 'Second derivatives through an equilibrium are not available from the backward '
-                'hook. Call backward without create_graph=True, or set unrolled_layers.'
+                'hook. Call backward without create_graph=True, or take PhantomGradient or '
+                'unrolled_layers, which have them.'
             )
         return change(grad)
 
-    view.register_hook(hook)
-    return view
+    inner.register_hook(hook)
+    return inner.view_as(inner)
 
 
-@checks_options
+@immutable
 class ImplicitGradient(Gradient):
     """The exact gradient: solves g = J'g + v in the backward hook (paper, Eq. 4).
 
     Args:
-        solver (dict | Solver): Solver of the linear fixed point, started at v.
+        solver (Solver): Solver of the linear fixed point, started at v.
     """
 
-    def __init__(self, solver: Union[Dict[str, Any], Solver]) -> None:
-        from ..registry import build_part
+    solver: Solver = field(default_factory=LimitedMemoryBroyden)
 
-        self.solver = build_part(solver, Solver)
+    def __post_init__(self) -> None:
+        check_kind('ImplicitGradient', 'solver', self.solver, Solver)
 
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         z, out = _one_call(f, solution)
 
         def change(v: Tensor) -> Tensor:
-            adjoint = solve(
-                lambda g: torch.autograd.grad(out, z, g, retain_graph=True)[0] + v, v, self.solver
-            )
+            adjoint = solve(lambda g: _vjp(out, z, g) + v, v, self.solver)
             if report is not None:
                 report(adjoint)
             return adjoint.z
@@ -105,7 +115,7 @@ class ImplicitGradient(Gradient):
         return _on_gradient(out, change)
 
 
-@checks_options
+@immutable
 class TruncatedGradient(Gradient):
     """A few damped iterations of g = J'g + v from v, in place of its solution.
 
@@ -118,11 +128,14 @@ class TruncatedGradient(Gradient):
         damping (float): Each step is g <- (1 - damping) g + damping (J'g + v), in (0, 1].
     """
 
-    def __init__(self, steps: int = 5, damping: float = 0.5) -> None:
-        self.steps = check_int('TruncatedGradient', 'steps', steps, minimum=1)
-        self.damping = check_number('TruncatedGradient', 'damping', damping, 0, 1, open_low=True)
+    steps: int = 5
+    damping: float = 0.5
 
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+    def __post_init__(self) -> None:
+        check_int('TruncatedGradient', 'steps', self.steps, minimum=1)
+        check_number('TruncatedGradient', 'damping', self.damping, 0, 1, open_low=True)
+
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         z, out = _one_call(f, solution)
         return _on_gradient(out, lambda v: _neumann(out, z, v, v, self.steps, self.damping))
 
@@ -133,23 +146,19 @@ def _neumann(
     """``steps`` damped iterations of g = J'g + v from ``start``."""
     g = start
     for _ in range(steps):
-        new = torch.autograd.grad(out, z, g, retain_graph=True)[0] + v
-        g = torch.lerp(g, new, damping)
+        g = torch.lerp(g, _vjp(out, z, g) + v, damping)
     return g
 
 
-@checks_options
+@immutable
 class JacobianFreeGradient(Gradient):
     """The gradient of one application of f at the equilibrium, as if z* were a constant."""
 
-    def __init__(self) -> None:
-        pass
-
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         return f(solution.z.detach())
 
 
-@checks_options
+@immutable
 class SharedInverseGradient(Gradient):
     """Reuses the inverse Jacobian the forward quasi-Newton solver has learnt (SHINE).
 
@@ -162,18 +171,16 @@ class SharedInverseGradient(Gradient):
         max_growth (float): Fall back where the estimate is longer than this many times v.
     """
 
+    steps: int = 0
+    max_growth: float = 1.3
+
     needs_state = True
 
-    def __init__(self, steps: int = 0, max_growth: float = 1.3) -> None:
-        self.steps = check_int('SharedInverseGradient', 'steps', steps, minimum=0)
-        self.max_growth = check_number('SharedInverseGradient', 'max_growth', max_growth, low=0)
+    def __post_init__(self) -> None:
+        check_int('SharedInverseGradient', 'steps', self.steps, minimum=0)
+        check_number('SharedInverseGradient', 'max_growth', self.max_growth, low=0)
 
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
-        if not hasattr(solution.state, 'inverse_transpose'):
-            raise TypeError(
-                'SharedInverseGradient needs a forward solver that learns the Jacobian: '
-                'LimitedMemoryBroyden or Anderson.'
-            )
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         z, out = _one_call(f, solution)
         state = solution.state
 
@@ -188,23 +195,41 @@ class SharedInverseGradient(Gradient):
         return _on_gradient(out, change)
 
 
-@checks_options
+@immutable
 class PhantomGradient(Gradient):
     """Plain backpropagation through a few damped layers that start at the equilibrium.
 
-    z <- (1 - damping) z + damping f(z), ``steps`` times. Its graph holds ``steps`` calls of f.
+    z <- (1 - damping) z + damping f(z), ``steps`` times. Its graph holds ``steps`` calls of f. The
+    value stays f(z*), that of the first of them; the layers make the gradient alone. It can be
+    differentiated again.
 
     Args:
         steps (int): Layers unrolled.
         damping (float): Share of the new value in each, in (0, 1].
     """
 
-    def __init__(self, steps: int = 5, damping: float = 0.5) -> None:
-        self.steps = check_int('PhantomGradient', 'steps', steps, minimum=1)
-        self.damping = check_number('PhantomGradient', 'damping', damping, 0, 1, open_low=True)
+    steps: int = 5
+    damping: float = 0.5
 
-    def __call__(self, f: Function, solution: Solution, report: Optional[Report] = None) -> Tensor:
-        z = solution.z.detach()
-        for _ in range(self.steps):
+    def __post_init__(self) -> None:
+        check_int('PhantomGradient', 'steps', self.steps, minimum=1)
+        check_number('PhantomGradient', 'damping', self.damping, 0, 1, open_low=True)
+
+    def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
+        value = f(solution.z.detach())
+        z = torch.lerp(solution.z.detach(), value, self.damping)
+        for _ in range(self.steps - 1):
             z = torch.lerp(z, f(z), self.damping)
-        return z
+        return _Relabel.apply(z, value)
+
+
+class _Relabel(torch.autograd.Function):
+    """The value of the second tensor, the graph of the first."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,16 +1,25 @@
-"""The implicit layer."""
+"""The implicit layer: where to start, how to solve, how the gradient passes."""
 
+import threading
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Mapping, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ..options import check_int
+from ..options import check_flag, check_int, check_kind, checks_options
 from .gradients import Gradient
+from .passes import forward_pass
+from .problem import FunctionProblem, Problem, State
+from .regularizers import JacobianRegularizer
 from .solvers import Solution, Solver, Status, solve
-from .solvers.base import Function
+from .solvers.base import uncached_autocast
+from .start import ZeroStart
+
+# Penalties of passes whose loss was never asked for hold their graphs: more of them are a mistake.
+_MOST_PENALTIES = 16
 
 
 @dataclass
@@ -25,110 +34,235 @@ class SolverStats:
     def of(cls, solution: Solution) -> 'SolverStats':
         return cls(solution.residual, solution.num_iter, solution.status)
 
-    def summary(self) -> Dict[str, float]:
-        """Means over the batch as plain floats. Waits for the device."""
-        converged = (self.status == int(Status.CONVERGED)).float().mean()
+    def summary(self) -> dict[str, float]:
+        """Means over the batch as plain floats, 0 for an empty one. Waits for the device."""
+        converged = (self.status == int(Status.CONVERGED)).float()
         failed = (self.status >= int(Status.DIVERGED)).float().sum()
-        values = torch.stack(
-            [self.num_iter.float().mean(), self.residual.float().mean(), converged, failed]
-        )
+        means = [x.float().sum() for x in (self.num_iter, self.residual, converged)]
+        values = torch.stack([*(mean / max(len(self.status), 1) for mean in means), failed])
         return dict(zip(('nfe', 'residual', 'converged', 'failed'), values.tolist()))
 
 
+class _Reports:
+    """What passes of a layer leave for others to read; one object for all copies of a pass."""
+
+    def __init__(self) -> None:
+        self.forward: SolverStats | None = None
+        self.backward: SolverStats | None = None
+        self._local = threading.local()
+
+    @property
+    def penalties(self) -> list[Tensor]:
+        """Those of this thread's passes that nobody took yet."""
+        return self._local.__dict__.setdefault('penalties', [])
+
+    def took_backward(self, solution: Solution) -> None:
+        self.backward = SolverStats.of(solution)
+
+    def __deepcopy__(self, memo: dict) -> '_Reports':
+        return _Reports()
+
+    def __reduce__(self) -> tuple:
+        return _Reports, ()
+
+
+@checks_options
 class ImplicitLayer(nn.Module):
     """A solver for the equilibrium and a way for the gradient to pass it.
 
+    Example::
+
+        solver = Anderson(max_iter=30, tol=1e-4)
+        layer = ImplicitLayer(solver, ImplicitGradient(solver))
+        z = layer(lambda z: torch.tanh(linear(z) + x), torch.zeros_like(x))
+
     Args:
-        solver (dict | Solver): Finds z* in the forward pass.
-        gradient (dict | Gradient): Carries gradients past z*.
+        solver (Solver): Finds z* in the forward pass.
+        gradient (Gradient): Carries gradients past z*.
+        start (ZeroStart): Where a solve begins.
         unrolled_layers (int): If positive, apply f so many times and backpropagate through all
             of them, instead of solving: the warm-up of the paper (§3.3), and explicit nets.
-        eval_solver (dict, optional): Options that differ in evaluation mode, as
-            ``dict(max_iter=18)``. A ``type`` among them replaces the solver whole.
-        skip_solved (bool): Go on with the unsolved samples alone once at most half are unsolved,
-            where the caller can say what f is for them.
+        eval_solver (Solver, optional): The solver of evaluation mode, where it is another.
+        skip_solved (bool): In evaluation mode, go on with the unsolved samples alone once at most
+            half are unsolved, where the problem can say what f is for them.
+        regularizer (JacobianRegularizer, optional): A penalty on f at z*, in training mode. Add
+            what :meth:`pop_penalty` gives to the loss; in OpenMMLab a hook does.
 
     Attributes:
         forward_stats, backward_stats (SolverStats | None): What the last solve of either kind
             did; None where none took place. They hold no graph.
+        iteration_seed (int | None): What the random choices of a training pass, such as whether
+            it has a penalty, are drawn from, so that all processes of a run choose alike. None
+            takes the global generator. ``IterationSeedHook`` sets it.
     """
 
     def __init__(
         self,
-        solver: Union[Dict[str, Any], Solver],
-        gradient: Union[Dict[str, Any], Gradient],
+        solver: Solver,
+        gradient: Gradient,
+        start: ZeroStart = ZeroStart(),  # noqa: B008 - immutable
         unrolled_layers: int = 0,
-        eval_solver: Optional[Dict[str, Any]] = None,
+        eval_solver: Solver | None = None,
         skip_solved: bool = False,
+        regularizer: JacobianRegularizer | None = None,
     ) -> None:
-        from ..registry import build_part
-
         super().__init__()
-        self.solver = build_part(solver, Solver)
-        self.eval_solver: Optional[Solver] = None
+        name = type(self).__name__
+        self.solver = check_kind(name, 'solver', solver, Solver)
+        self.gradient = check_kind(name, 'gradient', gradient, Gradient)
+        self.start = check_kind(name, 'start', start, ZeroStart)
+        self.unrolled_layers = check_int(name, 'unrolled_layers', unrolled_layers, 0)
+        self.eval_solver = eval_solver
         if eval_solver is not None:
-            self.eval_solver = build_part(_with_changes(solver, eval_solver), Solver)
-        self.gradient = build_part(gradient, Gradient)
-        self.unrolled_layers = check_int('ImplicitLayer', 'unrolled_layers', unrolled_layers, 0)
-        self.skip_solved = skip_solved
-        self.forward_stats: Optional[SolverStats] = None
-        self.backward_stats: Optional[SolverStats] = None
-
-    def forward(
-        self,
-        f: Function,
-        z0: Tensor,
-        f_of_rows: Optional[Callable[[Tensor], Function]] = None,
-    ) -> Tensor:
-        """``f(z*)``, (N, D), in training and evaluation alike.
-
-        Args:
-            f: As :func:`~mdeq_mm.solvers.solve` takes it.
-            z0 (Tensor): (N, D) where to start.
-            f_of_rows: f for some rows alone, for ``skip_solved``.
-        """
-        self.forward_stats = self.backward_stats = None
-        # What f computes from parametrized weights is the same at each call: once is enough.
-        if self.unrolled_layers:
-            with parametrize.cached():
-                z = z0
-                for _ in range(self.unrolled_layers):
-                    z = f(z)
-                return z
-        with parametrize.cached():
-            solution = solve(
-                f,
-                z0,
-                self.current_solver,
-                keep_state=self.gradient.needs_state,
-                f_of_rows=f_of_rows if self.skip_solved else None,
+            check_kind(name, 'eval_solver', eval_solver, Solver)
+        self.skip_solved = check_flag(name, 'skip_solved', skip_solved)
+        self.regularizer = regularizer
+        if regularizer is not None:
+            check_kind(name, 'regularizer', regularizer, JacobianRegularizer)
+        if gradient.needs_state and not solver.learns_jacobian:
+            raise TypeError(
+                f'{type(gradient).__name__} needs a forward solver that learns the Jacobian, '
+                f'LimitedMemoryBroyden or Anderson, got {type(solver).__name__}.'
             )
-        self.forward_stats = SolverStats.of(solution)
-        # Weights cached without grad, by autocast too, would cut the parameters off.
-        torch.clear_autocast_cache()
-        with parametrize.cached():
-            return self.gradient(f, solution, self._report_backward)
+        self.iteration_seed: int | None = None
+        self._reports = _Reports()
+
+    @property
+    def forward_stats(self) -> SolverStats | None:
+        return self._reports.forward
+
+    @property
+    def backward_stats(self) -> SolverStats | None:
+        return self._reports.backward
 
     @property
     def current_solver(self) -> Solver:
         """The solver of a forward pass in the mode the layer is in."""
         return self.solver if self.training or self.eval_solver is None else self.eval_solver
 
-    def _report_backward(self, solution: Solution) -> None:
-        self.backward_stats = SolverStats.of(solution)
+    def pop_penalty(self) -> Tensor | None:
+        """The regularizer's penalty of this thread's passes since the last time, a scalar.
+
+        None where none had one.
+        """
+        penalties = self._reports.penalties
+        total = sum(penalties[1:], penalties[0]) if penalties else None
+        penalties.clear()
+        return total
+
+    def forward(self, f: Problem | Callable[[Any], Any], z0: State | None = None) -> Any:
+        """``f(z*)``, in training and evaluation alike, whatever the gradient.
+
+        Args:
+            f: A problem, a module or any function, pure within the pass. Weights that a module
+                computes by parametrizations are computed once; a plain function has to see to
+                that itself.
+            z0: Where to start, one tensor (N, ...) or a list or tuple of such. A problem has a
+                start of its own.
+
+        Returns:
+            In the structure of ``z0``; for a problem what its ``maps`` makes of the state.
+        """
+        self._reports.forward = self._reports.backward = None
+        with forward_pass():
+            problem = f if isinstance(f, Problem) else _problem_of(f, z0)
+            if not self.unrolled_layers:
+                return problem.maps(self._equilibrium(problem))
+            z = problem.start
+            for _ in range(self.unrolled_layers):
+                z = problem(z)
+            return problem.maps(z)
+
+    def _equilibrium(self, problem: Problem) -> Tensor:
+        """f(z*), (N, D)."""
+        start = self.start(problem, self.training)
+        if start.requires_grad and torch.is_grad_enabled():
+            _warn_of_learned_start()
+        graph = torch.is_grad_enabled()
+        skips = self.skip_solved and not self.training
+        keeps = graph and self.gradient.needs_state
+        rows = problem.rows if skips and not keeps and problem.separable else None
+        solution = solve(problem, start, self.current_solver, keep_state=keeps, f_of_rows=rows)
+        self._reports.forward = SolverStats.of(solution)
+        self.start.remember(problem, solution.z, self.training)
+        if not graph:
+            with uncached_autocast(start.device.type):
+                return problem(solution.z)
+        if not self._regularizes():
+            return self.gradient(problem, solution, self._reports.took_backward)
+        watched = _Watched(problem.plain())
+        out = self.gradient(watched, solution, self._reports.took_backward)
+        self._keep_penalty(self.regularizer(watched.z, watched.out))
+        return out
+
+    def _regularizes(self) -> bool:
+        """Whether this pass has a penalty."""
+        if self.regularizer is None or not self.training:
+            return False
+        share = torch.rand((), generator=self._generator()).item()
+        return share < self.regularizer.probability
+
+    def _generator(self) -> torch.Generator | None:
+        if self.iteration_seed is None:
+            return None
+        return torch.Generator().manual_seed(self.iteration_seed)
+
+    def _keep_penalty(self, penalty: Tensor) -> None:
+        penalties = self._reports.penalties
+        penalties.append(penalty)
+        if len(penalties) > _MOST_PENALTIES:
+            del penalties[0]
+            _warn_of_penalty()
 
     def extra_repr(self) -> str:
-        evaluation = '' if self.eval_solver is None else f', eval_solver={self.eval_solver}'
-        return f'solver={self.solver}, gradient={type(self.gradient).__name__}{evaluation}'
+        parts = dict(solver=self.solver, gradient=self.gradient)
+        for name in ('eval_solver', 'regularizer'):
+            if getattr(self, name) is not None:
+                parts[name] = getattr(self, name)
+        return ', '.join(f'{name}={part}' for name, part in parts.items())
 
 
-def _with_changes(solver: Union[Dict[str, Any], Solver], changes: Any) -> Any:
-    """Options of the evaluation's solver: those of ``solver`` but for ``changes``."""
-    if isinstance(changes, Mapping) and 'type' not in changes:
-        if not isinstance(solver, Mapping):
-            raise TypeError(
-                f'eval_solver={changes!r} changes options of a solver given as a dict, and solver '
-                f"is {solver!r}. Give eval_solver a 'type' and all its options."
-            )
-        return {**solver, **changes}
-    return changes
+def _problem_of(f: Callable[[Any], Any], z0: State | None) -> Problem:
+    if z0 is None:
+        raise TypeError('ImplicitLayer: z0 is missing: a function of your own needs a start.')
+    return FunctionProblem(f, z0)
+
+
+def implicit_layers(model: nn.Module) -> list[ImplicitLayer]:
+    """Every implicit layer of a model, wrapped for distributed training or not."""
+    return [module for module in model.modules() if isinstance(module, ImplicitLayer)]
+
+
+class _Watched:
+    """f, with the argument and the value of its first call, both in one graph."""
+
+    def __init__(self, f: Problem) -> None:
+        self.f = f
+        self.z: Tensor | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.z is not None:
+            return self.f(z)
+        # A gradient that takes z* for a constant gives it without grad.
+        self.z = z if z.requires_grad else z.detach().requires_grad_()
+        self.out = self.f(self.z)
+        return self.out
+
+
+def _warn_of_learned_start() -> None:
+    warnings.warn(
+        'ImplicitLayer was given a start that requires grad. An equilibrium does not depend on '
+        'where its solve began, so none reaches it; train a start by a loss of its own, as on '
+        'its distance from the result, and give it detached.',
+        stacklevel=4,
+    )
+
+
+def _warn_of_penalty() -> None:
+    warnings.warn(
+        'Penalties of an ImplicitLayer with a regularizer are not added to any loss: add '
+        'layer.pop_penalty(), or in an OpenMMLab config '
+        "default_hooks.regularizer=dict(type='MDEQRegularizerHook').",
+        stacklevel=5,
+    )

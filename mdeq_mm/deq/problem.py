@@ -1,11 +1,18 @@
-"""The one place where multiscale features become a flat state."""
+"""What solvers and gradients are given: f bound to one batch, as a function of a flat state."""
 
-from typing import List, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-Shape = Tuple[int, int, int]
+from .passes import bound
+from .solvers.base import at_least_float32
+
+Shape = tuple[int, ...]
+State = Tensor | Sequence[Tensor]
 
 
 def pack(features: Sequence[Tensor], channels_last: bool = False) -> Tensor:
@@ -21,7 +28,7 @@ def pack(features: Sequence[Tensor], channels_last: bool = False) -> Tensor:
     return torch.cat([feature.flatten(1) for feature in features], dim=1)
 
 
-def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> List[Tensor]:
+def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> list[Tensor]:
     """(N, D) -> [(N, Ci, Hi, Wi)], the inverse of :func:`pack`, as views."""
     features, start = [], 0
     for c, h, w in shapes:
@@ -34,3 +41,215 @@ def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> L
     if start != z.shape[1]:
         raise ValueError(f'{z.shape[1]} values a sample do not fill the shapes {list(shapes)}.')
     return features
+
+
+class Problem:
+    """z = f(z) for one batch.
+
+    Called with a state (N, D) it gives f of it, in the dtype of :attr:`start`.
+
+    Attributes:
+        start (Tensor): (N, D) where a solve begins unless a ``start`` says otherwise.
+        shapes (list): Shapes of the parts of the state, without N.
+        separable (bool): Whether :meth:`rows` can say what f is for some samples alone.
+    """
+
+    start: Tensor
+    shapes: list[Shape]
+    separable = False
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(N, D) -> (N, D)."""
+        raise NotImplementedError
+
+    def rows(self, index: Tensor) -> 'Problem':
+        """The problem of some samples, (K,) indices, alone."""
+        raise NotImplementedError
+
+    def plain(self) -> 'Problem':
+        """The same problem, by operators that can be differentiated twice."""
+        return self
+
+    def maps(self, z: Tensor) -> Any:
+        """A state (N, D) in the structure that the owner of f knows, as views."""
+        raise NotImplementedError
+
+
+class FunctionProblem(Problem):
+    """A function of one's own: one tensor (N, ...) or a sequence of such.
+
+    Args:
+        f: Takes what ``z0`` is and gives the same: a tensor for a tensor, a sequence of tensors
+            of the same shapes for a sequence. If it is a module, its parametrized weights are
+            computed once for the problem.
+        z0 (Tensor | Sequence[Tensor]): Where to start.
+
+    Raises:
+        TypeError, ValueError: If ``z0`` is none of that, is not real and floating, or empty.
+    """
+
+    def __init__(self, f: Callable[[Any], Any], z0: State) -> None:
+        self.f = bound(f) if isinstance(f, nn.Module) else f
+        self.single = isinstance(z0, Tensor)
+        parts = [z0] if self.single else z0
+        _check_start(parts)
+        self.kind = type(z0)
+        self.shapes = [part.shape[1:] for part in parts]
+        self.dtypes = [part.dtype for part in parts]
+        dtype = self.dtypes[0]
+        for other in self.dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        self.start = self._flat([part.to(dtype) for part in parts])
+        if _caching() and torch.is_grad_enabled():
+            # The solve would fill the caller's cache of weights without their graph.
+            self(self.start)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        states = self.maps(z)
+        try:
+            out = self.f(states)
+        except RuntimeError as error:
+            remedy = _remedy(error, self)
+            if remedy is None:
+                raise
+            raise RuntimeError(f'{remedy} torch says: {error}') from error
+        if isinstance(out, Tensor) != self.single:
+            what = 'a tensor' if self.single else f'a sequence of {len(self.shapes)} tensors'
+            raise TypeError(f'f was given {what} and must return the same, got {_describe(out)}.')
+        parts = [out] if self.single else list(out)
+        if [part.shape[1:] for part in parts] != self.shapes:
+            raise ValueError(
+                f'f maps a state of {_shapes(states)} to {_shapes(out)}; shapes must stay.'
+            )
+        return self._flat([part.to(z.dtype) for part in parts])
+
+    def maps(self, z: Tensor) -> State:
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = [
+            part.reshape(len(z), *shape).to(dtype)
+            for part, shape, dtype in zip(z.split(sizes, dim=1), self.shapes, self.dtypes)
+        ]
+        if self.single:
+            return parts[0]
+        # A namedtuple takes its fields one by one.
+        return self.kind(*parts) if hasattr(self.kind, '_fields') else self.kind(parts)
+
+    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
+        flat = [p.reshape(len(p), s.numel()) for p, s in zip(parts, self.shapes)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def _caching() -> bool:
+    """Whether the caller runs under ``torch.nn.utils.parametrize.cached()``."""
+    return bool(getattr(parametrize, '_cache_enabled', 0))
+
+
+def _check_start(parts: Any) -> None:
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise TypeError(f'z0 must be a tensor or a list or tuple of some, got {_describe(parts)}.')
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(f'z0 must hold tensors, got {_describe(part)}.')
+        if not part.is_floating_point():
+            raise ValueError(
+                f'z0 must be real and floating, got {part.dtype}. Convert it: z0.float(), or '
+                'torch.view_as_real(z0) for a complex state.'
+            )
+        if part.dim() == 0 or part.shape[1:].numel() == 0:
+            raise ValueError(
+                f'z0 must be (N, ...) with at least one value a sample, got {tuple(part.shape)}.'
+            )
+        if len(part) != len(parts[0]):
+            raise ValueError(f'All parts of z0 must have one batch size, got {_shapes(parts)}.')
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return 'a tensor'
+    size = f' of {len(value)}' if isinstance(value, (list, tuple)) else ''
+    return f'{type(value).__name__}{size}'
+
+
+def _shapes(value: State) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return [tuple(part.shape) for part in value]
+
+
+def _remedy(error: RuntimeError, problem: FunctionProblem) -> str | None:
+    """What to do about errors of torch that an f of one's own often meets; None for others."""
+    text = str(error)
+    if 'does not require grad' in text:
+        return (
+            'f was called without grad and differentiates something: a solve runs under '
+            'torch.no_grad(). Let f begin with torch.enable_grad() and a state that requires '
+            'grad, and create_graph=True where it is trained.'
+        )
+    if 'dtype' in text or 'scalar type' in text:
+        dtypes = ', '.join(str(dtype) for dtype in problem.dtypes)
+        return f'f was given a state of {dtypes}, the dtype of z0. Give z0 the dtype f computes in.'
+    return None
+
+
+class CellProblem(Problem):
+    """A cell bound to the injection of one batch.
+
+    Args:
+        cell (nn.Module): ``cell(states, injection) -> states``, [(N, Ci, Hi, Wi)] in and out, and
+            ``cell.state_shapes(injection) -> [(Ci, Hi, Wi)]``.
+        injection (Tensor): (N, ...) what the cell takes besides the state.
+        channels_last (bool): Lay states out with channels last.
+        call: Stands for calling the cell: ``call(cell, states, injection)``.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        injection: Tensor,
+        channels_last: bool = False,
+        call: Callable[..., Sequence[Tensor]] | None = None,
+    ) -> None:
+        self.cell = bound(cell)
+        self.injection, self.channels_last, self.call = injection, channels_last, call
+        self.shapes = [tuple(shape) for shape in cell.state_shapes(injection)]
+        floating = (p.dtype for p in cell.parameters() if p.is_floating_point())
+        # Without parameters of its own, as where FSDP holds them, f computes as its input was.
+        weights = next(floating, injection.dtype)
+        # In half precision a residual could not fall: the state has at least float32, and only
+        # what the cell is given is in the dtype of its weights.
+        dtype = at_least_float32(torch.promote_types(weights, injection.dtype))
+        self.given = weights if at_least_float32(weights) != weights else dtype
+        size = sum(c * h * w for c, h, w in self.shapes)
+        self.start = injection.new_zeros(len(injection), size, dtype=dtype)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        states = unpack(z.to(self.given), self.shapes, self.channels_last)
+        if self.call is None:
+            out = self.cell(states, self.injection)
+        else:
+            out = self.call(self.cell, states, self.injection)
+        if [tuple(o.shape[1:]) for o in out] != self.shapes:
+            raise ValueError(
+                f'{type(self.cell).__name__} returned maps of {[tuple(o.shape[1:]) for o in out]} '
+                f'and its state_shapes says {self.shapes}: it must return what it is given.'
+            )
+        return pack(out, self.channels_last).to(z.dtype)
+
+    @property
+    def separable(self) -> bool:
+        # A mask of dropout is for the batch as it is.
+        return not any(module.training for module in self.cell.modules())
+
+    def rows(self, index: Tensor) -> 'CellProblem':
+        part = copy(self)
+        part.injection, part.start = self.injection[index], self.start[index]
+        return part
+
+    def plain(self) -> 'CellProblem':
+        part = copy(self)
+        part.call = None
+        return part
+
+    def maps(self, z: Tensor) -> list[Tensor]:
+        """(N, D) -> [(N, Ci, Hi, Wi)], views in the dtype of ``z``."""
+        return unpack(z, self.shapes, self.channels_last)

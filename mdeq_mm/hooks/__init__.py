@@ -1,5 +1,4 @@
 from .checkpoint_hook import MDEQCheckpointHook
-from .dropout_hook import VariationalDropoutHook
 from .nonfinite_hook import NonFiniteGradientHook
 from .seed_hook import IterationSeedHook
 from .solver_stats_hook import SolverStatsHook
@@ -11,5 +10,4 @@ __all__ = [
     'MDEQWarmupHook',
     'NonFiniteGradientHook',
     'SolverStatsHook',
-    'VariationalDropoutHook',
 ]

@@ -2,9 +2,9 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Union
 
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
@@ -18,7 +18,7 @@ _BACKEND = 'mdeq_whole_files'
 class WholeFileBackend(LocalBackend):
     """The local file system; a file has its name only once it is whole and on the disk."""
 
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+    def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write to ``filepath`` + ``.part``, then rename: a break leaves the old file whole."""
         part = f'{filepath}.part'
         super().put(obj, part)

@@ -1,7 +1,5 @@
 """Training that survives a batch whose gradient is not finite."""
 
-from typing import List, Optional, Tuple
-
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -43,7 +41,7 @@ class NonFiniteGradientHook(Hook):
     def __init__(self, max_in_a_row: int = 50) -> None:
         self.max_in_a_row = check_int(type(self).__name__, 'max_in_a_row', max_in_a_row, 1)
         self._handles = []
-        self._buffers: Optional[List[Tuple[Tensor, Tensor]]] = None
+        self._buffers: list[tuple[Tensor, Tensor]] | None = None
         self._total = self._in_a_row = 0
         self._stepped = self._warned = False
 
@@ -65,7 +63,7 @@ class NonFiniteGradientHook(Hook):
             self._buffers = [(buffer, buffer.clone()) for buffer in runner.model.buffers()]
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         wrapper = runner.optim_wrapper
         if self._stepped:

@@ -1,7 +1,8 @@
 """Random numbers that depend on the place in the training alone, so that a resumed run has them."""
 
 import random
-from typing import Any, Callable, Iterator, Optional
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class IterationSeedHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self._sampler_seed: Optional[int] = None
-        self._batches: Optional[_SeededBatches] = None
+        self._sampler_seed: int | None = None
+        self._batches: _SeededBatches | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         for sampler in _seeded_samplers(runner.train_dataloader):
@@ -75,7 +76,7 @@ class IterationSeedHook(Hook):
         self._seed(runner, _FORWARD, runner.iter)
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         self._seed(runner, _LOADING, runner.iter + 1)
 
@@ -137,7 +138,7 @@ class _SeededBatches:
 
     def __init__(self, loader: DataLoader, seed: int) -> None:
         self.collate: Callable = loader.collate_fn
-        self.init: Optional[Callable] = loader.worker_init_fn
+        self.init: Callable | None = loader.worker_init_fn
         self.seed, self.rank = seed, dist.get_rank()
         self.num_workers = max(loader.num_workers, 1)
         # An infinite sampler never starts a second round.

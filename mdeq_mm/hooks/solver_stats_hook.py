@@ -1,6 +1,6 @@
 """What the solver did, where MM's users look: log line, scalars.json, TensorBoard, WandB."""
 
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine import dist
@@ -9,10 +9,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ..deq.layer import SolverStats
-from ..deq.solvers import Status
+from ..deq import SolverStats, Status, implicit_layers
 from ..options import check_int, check_number, checks_options
-from .warmup_hook import mdeq_backbones
 
 _FIELDS = ('nfe', 'residual', 'converged', 'failed')
 
@@ -45,10 +43,10 @@ class SolverStatsHook(Hook):
         self.patience = check_int(name, 'patience', patience, 1)
         self._unconverged = 0
         self._warned = set()
-        self._evaluation: List[Dict[str, float]] = []
+        self._evaluation: list[dict[str, float]] = []
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         if not self.every_n_train_iters(runner, self.interval):
             return
@@ -57,16 +55,16 @@ class SolverStatsHook(Hook):
         self._watch(runner, scalars, outputs or {})
 
     def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Sequence | None = None
     ) -> None:
         self._evaluation.append(self._collect(runner, ('forward',), reduce=False))
 
     after_test_iter = after_val_iter
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._report_evaluation(runner, 'val')
 
-    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._report_evaluation(runner, 'test')
 
     def _report_evaluation(self, runner: Runner, mode: str) -> None:
@@ -81,16 +79,16 @@ class SolverStatsHook(Hook):
 
     def _collect(
         self, runner: Runner, passes: Sequence[str], reduce: bool = True
-    ) -> Dict[str, float]:
+    ) -> dict[str, float]:
         """``deq_*`` scalars of the last iteration, over all MDEQs of the model."""
         # One row a pass, the last column whether this process has such a solve. Processes that
         # have not still take part in the mean, else the others would wait for them for ever.
         table = torch.zeros(len(passes), len(_FIELDS) + 1)
         for row, name in zip(table, passes):
-            found: List[SolverStats] = [
+            found: list[SolverStats] = [
                 stats
-                for backbone in mdeq_backbones(runner.model)
-                if (stats := getattr(backbone.implicit, f'{name}_stats')) is not None
+                for layer in implicit_layers(runner.model)
+                if (stats := getattr(layer, f'{name}_stats')) is not None
             ]
             if found:
                 # One summary each: every one waits for the device.
@@ -106,7 +104,7 @@ class SolverStatsHook(Hook):
                 scalars.update({f'{prefix}{field}': mean / share for field, mean in pairs})
         return scalars
 
-    def _watch(self, runner: Runner, scalars: Dict[str, float], outputs: dict) -> None:
+    def _watch(self, runner: Runner, scalars: dict[str, float], outputs: dict) -> None:
         """Warn, once for each kind of trouble."""
         residual = scalars.get('deq_residual', 0.0)
         self._unconverged = self._unconverged + 1 if residual > self.warn_residual else 0
@@ -143,7 +141,7 @@ class SolverStatsHook(Hook):
             runner.logger.warning(message)
 
 
-def _log(runner: Runner, mode: str, scalars: Dict[str, float]) -> None:
+def _log(runner: Runner, mode: str, scalars: dict[str, float]) -> None:
     """Make scalars appear as ``mode/name``, so that training and evaluation are two curves.
 
     MM takes ``mode/`` off a name once before it shows it, and so would make them one.
@@ -152,7 +150,7 @@ def _log(runner: Runner, mode: str, scalars: Dict[str, float]) -> None:
         runner.message_hub.update_scalar(f'{mode}/{mode}/{name}', value)
 
 
-def _mean_over_processes(values: Tensor) -> List[float]:
+def _mean_over_processes(values: Tensor) -> list[float]:
     """Elementwise mean of a host tensor over the processes of a run."""
     if dist.is_distributed():
         values = values.to(dist.get_comm_device())

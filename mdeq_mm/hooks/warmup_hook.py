@@ -1,19 +1,21 @@
 """Training that starts as an explicit net and goes on as an equilibrium (paper, §3.3)."""
 
-from typing import List
-
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ..models import MDEQBackbone
+from ..deq import ImplicitLayer, implicit_layers
 from ..options import check_int, checks_options
 
 
-def mdeq_backbones(model: nn.Module) -> List[MDEQBackbone]:
-    """Every MDEQ in a model, wrapped for distributed training or not."""
-    return [module for module in model.modules() if isinstance(module, MDEQBackbone)]
+def smooth_cells(model: nn.Module) -> list[nn.Module]:
+    """Every f of a model that has a softplus switch: a cell with a flag ``smooth``."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, 'state_shapes') and isinstance(getattr(module, 'smooth', None), bool)
+    ]
 
 
 @HOOKS.register_module()
@@ -42,17 +44,25 @@ class MDEQWarmupHook(Hook):
         self.unrolled_iters = check_int(name, 'unrolled_iters', unrolled_iters, 0)
         self.unrolled_layers = check_int(name, 'unrolled_layers', unrolled_layers, 1)
         self.softplus_iters = check_int(name, 'softplus_iters', softplus_iters, 0)
-        self._configured = {}
-        self._phase = None
+        self._configured: dict[ImplicitLayer, int] = {}
+        self._cells: list[nn.Module] = []
+        self._phase: tuple[bool, bool] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        backbones = mdeq_backbones(runner.model)
-        if not backbones:
+        layers = implicit_layers(runner.model)
+        if not layers:
             raise ValueError(
-                'MDEQWarmupHook found no MDEQBackbone in the model. Remove the hook from '
-                "custom_hooks or set model.backbone.type='MDEQBackbone'."
+                'MDEQWarmupHook found no equilibrium in the model: no MDEQBackbone and no other '
+                'module around an ImplicitLayer. Switch the hook off, '
+                "default_hooks.warmup=None, or set model.backbone.type='MDEQBackbone'."
             )
-        self._configured = {b: b.implicit.unrolled_layers for b in backbones}
+        self._configured = {layer: layer.unrolled_layers for layer in layers}
+        self._cells = smooth_cells(runner.model)
+        if self.softplus_iters and not self._cells:
+            raise ValueError(
+                f'MDEQWarmupHook: softplus_iters={self.softplus_iters}, but no cell of the model '
+                'has a flag smooth to switch. Set softplus_iters=0.'
+            )
         self._phase = None
         self._apply(runner)
 
@@ -64,10 +74,11 @@ class MDEQWarmupHook(Hook):
             runner.logger.info(f'Validating the network in training: {self._describe()}.')
 
     def after_train(self, runner: Runner) -> None:
-        for backbone, layers in self._configured.items():
-            backbone.implicit.unrolled_layers = layers
-            backbone.cell.smooth = False
-        self._configured, self._phase = {}, None
+        for layer, layers in self._configured.items():
+            layer.unrolled_layers = layers
+        for cell in self._cells:
+            cell.smooth = False
+        self._configured, self._cells, self._phase = {}, [], None
 
     def _apply(self, runner: Runner) -> None:
         """Set the phase ``runner.iter`` is in; logs where it changes."""
@@ -75,9 +86,10 @@ class MDEQWarmupHook(Hook):
         if phase == self._phase:
             return
         self._phase = phase
-        for backbone, layers in self._configured.items():
-            backbone.implicit.unrolled_layers = self.unrolled_layers if phase[0] else layers
-            backbone.cell.smooth = phase[1]
+        for layer, layers in self._configured.items():
+            layer.unrolled_layers = self.unrolled_layers if phase[0] else layers
+        for cell in self._cells:
+            cell.smooth = phase[1]
         runner.logger.info(f'MDEQ from iteration {runner.iter}: {self._describe()}.')
 
     def _describe(self) -> str:

@@ -1,7 +1,6 @@
 from .conv import MDEQConv2d
 from .group_norm import MDEQGroupNorm, build_norm, check_groups
 from .variational_dropout import VariationalDropout2d, reset_masks
-from .weight_norm import weight_normed
 
 __all__ = [
     'MDEQConv2d',
@@ -10,5 +9,4 @@ __all__ = [
     'build_norm',
     'check_groups',
     'reset_masks',
-    'weight_normed',
 ]

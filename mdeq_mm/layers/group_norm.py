@@ -1,6 +1,6 @@
 """Group normalization for f: checked early, and fast in low precision."""
 
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -65,13 +65,13 @@ class MDEQGroupNorm(nn.GroupNorm):
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
             return self._normalize(x, weight, bias)
 
-    def _normalize(self, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]) -> Tensor:
+    def _normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         # F.group_norm refuses groups of one value, which batch norm could not train on. Here they
         # are as good as any: an image of one pixel, normalized to zero.
         return torch.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def build_norm(norm_cfg: Dict[str, Any], channels: int, halve_groups: bool = False) -> nn.Module:
+def build_norm(norm_cfg: dict[str, Any], channels: int, halve_groups: bool = False) -> nn.Module:
     """The normalization of f for ``channels`` channels.
 
     Args:

@@ -1,26 +1,24 @@
-"""Dropout whose mask stays the same for a whole training iteration."""
-
-from typing import Optional
+"""Dropout whose mask stays the same for a whole forward pass."""
 
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..deq.passes import current_pass
 from ..options import check_number, checks_options
 
 
 @MODELS.register_module()
 @checks_options
 class VariationalDropout2d(nn.Module):
-    """Drops whole channels, the same ones at every call until :meth:`reset` (paper, §3.3).
+    """Drops whole channels, the same ones at every call of a forward pass (paper, §3.3).
 
     An equilibrium exists only if f is the same function at each call, so the mask must not
-    change between calls. It is drawn at the first call after a reset, one per sample and
-    channel, and drawn again if batch size or channels change. Distributed processes have
-    different masks, even with the same seed. ``MDEQBackbone`` resets its
-    masks at each training forward; elsewhere call :func:`reset_masks` once an iteration, or let
-    ``VariationalDropoutHook`` do so.
+    change between calls. One per sample and channel is drawn in each forward pass of an
+    ``ImplicitLayer`` in which this module is in training mode. Distributed processes have
+    different masks, even with the same seed. Outside of an implicit layer a mask stays until
+    :meth:`reset`: call :func:`reset_masks` once an iteration.
 
     Args:
         drop_rate (float): Probability of a channel to be dropped, in [0, 1).
@@ -31,27 +29,46 @@ class VariationalDropout2d(nn.Module):
         self.drop_rate = check_number(
             'VariationalDropout2d', 'drop_rate', drop_rate, 0, 1, open_high=True
         )
-        self._mask: Optional[Tensor] = None
+        self._mask: Tensor | None = None
+        # The same for all copies that a forward pass makes of this module.
+        self._key = object()
 
     def reset(self) -> None:
         """Forget the mask; the next training call draws a new one."""
         self._mask = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What to multiply ``x`` (N, C, H, W) by, (N, C, 1, 1); None in evaluation mode.
+
+        Entries are 0 or ``1 / (1 - drop_rate)``.
+        """
         if not self.training or self.drop_rate == 0:
-            return x
+            return None
         if x.dim() != 4:
             raise ValueError(f'VariationalDropout2d takes (N, C, H, W), got {tuple(x.shape)}.')
         shape = (x.shape[0], x.shape[1], 1, 1)
+        # A compiled call is always one of a copy that the pass made, and leaves its mask there.
+        current = None if torch.compiler.is_compiling() else current_pass()
+        if current is not None:
+            self._mask = current.values.get(self._key)
         if self._mask is None or self._mask.shape != shape or self._mask.device != x.device:
-            keep = 1 - self.drop_rate
-            # Processes mostly start from one seed: each draws for all of them and takes its part.
-            rank, processes = get_dist_info()
-            # Drawn in float32 and outside any graph, then used in whatever dtype x has.
-            drawn = torch.empty(processes, *shape, dtype=torch.float32, device=x.device)
-            self._mask = drawn.bernoulli_(keep).div_(keep)[rank]
-        return x * self._mask.to(x.dtype)
+            self._mask = self._draw(shape, x.device)
+        if current is not None:
+            current.values[self._key] = self._mask
+        return self._mask.to(x.dtype)
+
+    def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        keep = 1 - self.drop_rate
+        # Processes mostly start from one seed: each draws for all of them and takes its part.
+        rank, processes = get_dist_info()
+        # Drawn in float32 and outside any graph, then used in whatever dtype x has.
+        drawn = torch.empty(processes, *shape, dtype=torch.float32, device=device)
+        return drawn.bernoulli_(keep).div_(keep)[rank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        mask = self.mask(x)
+        return x if mask is None else x * mask
 
     def extra_repr(self) -> str:
         return f'drop_rate={self.drop_rate}'

@@ -1,6 +1,8 @@
 """The backbone: stem and injection, then the equilibrium of f at all scales."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
@@ -8,19 +10,27 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..compat import allow_repeated_backward
-from ..deq.layer import ImplicitLayer
-from ..deq.problem import Shape, pack, unpack
-from ..deq.solvers.base import Function
-from ..layers import check_groups, reset_masks
-from ..options import check_int, check_number, checks_options
+from ..deq import CellProblem
+from ..layers import check_groups
+from ..options import check_choice, check_flag, check_int, check_number, checks_options
+from ..registry import build_implicit
 from .cell import MDEQCell
+
+Config = dict[str, Any]
 
 _DEFAULT_INIT = (
     dict(type='Normal', layer='Conv2d', std=0.01),
     dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1),
+)
+
+#: The paper's networks (appendix A): what ``arch`` stands for.
+ARCHS: dict[str, Config] = dict(
+    tiny=dict(channels=(24, 24), expansion=5, stem_strides=(1, 1)),
+    small=dict(channels=(32, 64, 128, 256), expansion=5, stem_strides=(2, 2)),
+    large=dict(channels=(80, 160, 320, 640), expansion=5, stem_strides=(2, 2)),
+    xl=dict(channels=(88, 176, 352, 704), expansion=6, stem_strides=(2, 2)),
 )
 
 
@@ -33,6 +43,9 @@ class MDEQBackbone(BaseModule):
     equilibrium z* = f(z*; x). Training and evaluation both return f(z*).
 
     Args:
+        arch (str, optional): A network of the paper: ``'tiny'``, ``'small'``, ``'large'`` or
+            ``'xl'``. It gives ``channels``, ``expansion`` and ``stem_strides``; what is given
+            beside it wins. Without it they are those of ``'small'``.
         in_channels (int): Channels of the image.
         channels (Sequence[int]): Channels per scale, highest resolution first.
         expansion (int): Width factor inside the residual blocks.
@@ -43,87 +56,106 @@ class MDEQBackbone(BaseModule):
         upsample (str): ``'nearest'`` as in the released weights, ``'bilinear'`` as in the paper.
         norm_cfg (dict): Normalization in f.
         stem_norm_cfg (dict): Normalization in stem and injection.
+        cell (dict, optional): Another f in the place of :class:`MDEQCell`: a module with
+            ``forward(states, injection)`` and ``state_shapes(injection)``, registered in MM's
+            ``MODELS``. Its first scale takes the injection, (N, channels[0], H, W).
         solver (dict): Solver of the forward pass: ``FixedPointIteration``, ``Anderson`` or
             ``LimitedMemoryBroyden`` with its options.
         gradient (dict): How gradients pass the equilibrium; see :mod:`mdeq_mm.deq.gradients`.
+        start (dict): Where a solve begins: ``ZeroStart``, or ``PreviousStart`` for video.
+        regularizer (dict, optional): ``JacobianRegularizer`` with its options.
         unrolled_layers (int): If positive, an explicit weight-tied net of so many layers takes
             the place of the equilibrium. ``MDEQWarmupHook`` sets it for a time.
-        eval_solver (dict, optional): Options of ``solver`` that differ in evaluation mode:
-            ``dict(max_iter=18)`` buys speed, more calls than in training accuracy.
+        eval_solver (dict, optional): Options of ``solver`` that differ in evaluation mode, as
+            ``dict(max_iter=18)``.
         skip_solved (bool): In evaluation mode, call f for the unsolved images of a batch alone
             once at most half are unsolved.
         compile_cell (bool | dict): Compile f by ``torch.compile``; a dict holds its options.
+        channels_last (bool | str): Memory format of the maps inside. ``'auto'`` is channels last
+            on a CPU, where convolutions and by far their gradients are fastest with it.
         out_indices (Sequence[int], optional): Scales to return; all by default.
         frozen_stages (int): -1 trains all; 0 freezes the stem, 1 the injection as well, 2 also f.
         norm_eval (bool): Keep batch norm in evaluation mode while training.
         init_cfg (dict | list, optional): MM's initialization. By default convolutions are drawn
-            from N(0, 0.01), which weight-normalized ones do not feel, as in the released code.
+            from N(0, 0.01) as in the released code; that does not reach weight-normalized ones,
+            which keep PyTorch's.
     """
 
     def __init__(
         self,
+        arch: str | None = None,
         in_channels: int = 3,
-        channels: Sequence[int] = (32, 64, 128, 256),
-        expansion: int = 5,
-        stem_strides: Sequence[int] = (2, 2),
+        channels: Sequence[int] | None = None,
+        expansion: int | None = None,
+        stem_strides: Sequence[int] | None = None,
         drop_rate: float = 0.0,
         weight_norm: bool = True,
         upsample: str = 'nearest',
-        norm_cfg: Dict[str, Any] = dict(type='GN', num_groups=8),
-        stem_norm_cfg: Dict[str, Any] = dict(type='BN'),
-        solver: Dict[str, Any] = dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3),
-        gradient: Dict[str, Any] = dict(
+        norm_cfg: Config = dict(type='GN', num_groups=8),
+        stem_norm_cfg: Config = dict(type='BN'),
+        cell: Config | None = None,
+        solver: Config = dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3),
+        gradient: Config = dict(
             type='ImplicitGradient',
             solver=dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3),
         ),
+        start: Config = dict(type='ZeroStart'),
+        regularizer: Config | None = None,
         unrolled_layers: int = 0,
-        eval_solver: Optional[Dict[str, Any]] = None,
+        eval_solver: Config | None = None,
         skip_solved: bool = False,
-        compile_cell: Union[bool, Dict[str, Any]] = False,
-        out_indices: Optional[Sequence[int]] = None,
+        compile_cell: bool | Config = False,
+        channels_last: bool | str = 'auto',
+        out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        init_cfg: Optional[Union[Dict, List[Dict]]] = None,
+        init_cfg: Config | list[Config] | None = None,
     ) -> None:
         super().__init__(init_cfg=list(_DEFAULT_INIT) if init_cfg is None else init_cfg)
         name = type(self).__name__
-        self.channels = tuple(check_int(name, 'channels', c, 1) for c in channels)
-        if not self.channels:
-            raise ValueError(f'{name}: channels must name at least one scale, got {channels!r}.')
-        self.stem_strides = tuple(check_int(name, 'stem_strides', s, 1) for s in stem_strides)
-        if not self.stem_strides:
-            raise ValueError(f'{name}: stem_strides must name at least one convolution.')
+        preset = ARCHS['small' if arch is None else check_choice(name, 'arch', arch, ARCHS)]
+        given = dict(channels=channels, expansion=expansion, stem_strides=stem_strides)
+        shape = {**preset, **{k: v for k, v in given.items() if v is not None}}
+        self.channels = _checked_sequence(name, 'channels', shape['channels'])
+        self.stem_strides = _checked_sequence(name, 'stem_strides', shape['stem_strides'])
         self.out_indices = _checked_out_indices(name, out_indices, len(self.channels))
         check_int(name, 'in_channels', in_channels, 1)
-        check_int(name, 'expansion', expansion, 1)
+        check_int(name, 'expansion', shape['expansion'], 1)
         check_number(name, 'drop_rate', drop_rate, 0, 1, open_high=True)
         self.frozen_stages = check_int(name, 'frozen_stages', frozen_stages, -1)
         if self.frozen_stages > 2:
             raise ValueError(f'{name}: frozen_stages must be -1, 0, 1 or 2, got {frozen_stages}.')
-        self.norm_eval = norm_eval
+        self.norm_eval = check_flag(name, 'norm_eval', norm_eval)
+        self.channels_last = check_choice(
+            name, 'channels_last', channels_last, ('auto', True, False)
+        )
+        _check_norm_cfg(name, 'stem_norm_cfg', stem_norm_cfg)
+        _check_norm_cfg(name, 'norm_cfg', norm_cfg)
 
         self.stem = self._make_stem(in_channels, stem_norm_cfg)
         self.injection = self._make_injection(stem_norm_cfg)
-        self.cell = MDEQCell(self.channels, expansion, norm_cfg, drop_rate, weight_norm, upsample)
-        self.implicit = ImplicitLayer(solver, gradient, unrolled_layers, eval_solver, skip_solved)
-        self._parametrized: List[nn.Module] = []
-        if not isinstance(compile_cell, (bool, dict)):
-            raise ValueError(
-                f'{name}: compile_cell must be True, False or a dict of options of torch.compile, '
-                f'got {compile_cell!r}.'
-            )
-        # A dict without options compiles, too.
-        if compile_cell is not False:
-            self._compile_cell({} if compile_cell is True else compile_cell)
+        f = dict(
+            channels=self.channels,
+            expansion=shape['expansion'],
+            norm_cfg=norm_cfg,
+            drop_rate=drop_rate,
+            weight_norm=weight_norm,
+            upsample=upsample,
+        )
+        self.cell = MDEQCell(**f) if cell is None else _build_cell(name, cell, expansion, **f)
+        self.implicit = build_implicit(
+            solver,
+            gradient,
+            start,
+            eval_solver=eval_solver,
+            regularizer=regularizer,
+            unrolled_layers=unrolled_layers,
+            skip_solved=skip_solved,
+        )
+        self._compiled = _compiled_call(name, compile_cell)
         self._freeze()
 
-    def _compile_cell(self, options: Dict[str, Any]) -> None:
-        self._parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
-        # The adjoint solver repeats it.
-        allow_repeated_backward()
-        self.cell.compile(**options)
-
-    def _make_stem(self, in_channels: int, norm_cfg: Dict[str, Any]) -> nn.Sequential:
+    def _make_stem(self, in_channels: int, norm_cfg: Config) -> nn.Sequential:
         width = self.channels[0]
         if norm_cfg.get('type') == 'GN':
             check_groups(width, norm_cfg['num_groups'], f'stem_norm_cfg={norm_cfg}')
@@ -134,66 +166,55 @@ class MDEQBackbone(BaseModule):
             in_channels = width
         return nn.Sequential(*convs)
 
-    def _make_injection(self, norm_cfg: Dict[str, Any]) -> nn.Module:
+    def _make_injection(self, norm_cfg: Config) -> nn.Module:
         # As released: none for nets of full resolution with at most two scales.
         if all(stride == 1 for stride in self.stem_strides) and len(self.channels) <= 2:
             return nn.Identity()
         width = self.channels[0]
         return ConvModule(width, width, 1, bias=False, norm_cfg=norm_cfg)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """(N, in_channels, H, W) -> the (N, Ci, Hi, Wi) of ``out_indices``.
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, in_channels, H, W) -> the (N, Ci, Hi, Wi) of ``out_indices``, in the dtype of x.
 
         Any H, W of at least 1 works: strides round up.
         """
-        # Convolutions on a CPU are fastest, and their gradients by far, with channels last.
-        channels_last = x.device.type == 'cpu'
+        problem = self.problem(x)
+        # The layer asks for the gradient of z itself: without this, what is frozen would build a
+        # graph and solve for adjoints that nobody needs.
+        wanted = problem.injection.requires_grad or any(
+            p.requires_grad for p in self.cell.parameters()
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            features = self.implicit(problem)
+        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+        # Copies, not views of one state: what a head does in place stays with that head.
+        return tuple(
+            features[i].to(x.dtype, memory_format=layout, copy=True) for i in self.out_indices
+        )
+
+    def problem(self, x: Tensor) -> CellProblem:
+        """f bound to a batch of images, (N, in_channels, H, W): what solvers are given.
+
+        Called, it is f: (N, D) -> (N, D). ``maps`` gives the (N, Ci, Hi, Wi) of a state.
+        """
+        channels_last = self.channels_last
+        if channels_last == 'auto':
+            channels_last = x.device.type == 'cpu'
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         injection = self.injection(self.stem(x))
-        if self.training:
-            reset_masks(self.cell)
-        shapes = self._shapes(injection)
-        # The state stays in full precision, whatever autocast makes of the maps inside f.
-        dtype = torch.promote_types(self.dtype, injection.dtype)
+        problem = CellProblem(self.cell, injection, channels_last, self._compiled)
+        widths = tuple(shape[0] for shape in problem.shapes)
+        if widths != self.channels:
+            raise ValueError(
+                f'{type(self.cell).__name__} has scales of {widths} channels and the backbone was '
+                f'built with channels={self.channels}: make them equal, heads go by the latter.'
+            )
+        return problem
 
-        def f_for(injection: Tensor) -> Function:
-            def f(z: Tensor) -> Tensor:
-                for conv in self._parametrized:
-                    # Made here, not in a graph of its own for the call that finds no cached one.
-                    conv.weight  # noqa: B018
-                features = self.cell(unpack(z, shapes, channels_last), injection)
-                return pack(features, channels_last).to(dtype)
-
-            return f
-
-        # Masks of dropout are for the batch as it is.
-        f_of_rows = None if self.training else lambda rows: f_for(injection[rows])
-        size = sum(c * h * w for c, h, w in shapes)
-        z0 = torch.zeros(len(x), size, dtype=dtype, device=x.device)
-        # The layer asks for the gradient of z itself: without this, what is frozen would build a
-        # graph and solve for adjoints that nothing takes.
-        wanted = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-            out = self.implicit(f_for(injection), z0, f_of_rows)
-        features = unpack(out, shapes, channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        # Copies, not views of one state: what a head does in place stays with that head.
-        return tuple(features[i].clone(memory_format=layout) for i in self.out_indices)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return next(self.parameters()).dtype
-
-    def _shapes(self, injection: Tensor) -> List[Shape]:
-        """(Ci, Hi, Wi) per scale, each half the one before, rounded up."""
-        h, w = injection.shape[-2:]
-        shapes = []
-        for c in self.channels:
-            shapes.append((c, h, w))
-            h, w = (h + 1) // 2, (w + 1) // 2
-        return shapes
+    def reset_start(self) -> None:
+        """Forget the last equilibrium: the next image begins a new stream (``PreviousStart``)."""
+        self.implicit.start.reset()
 
     def _freeze(self) -> None:
         for part in (self.stem, self.injection, self.cell)[: self.frozen_stages + 1]:
@@ -211,16 +232,76 @@ class MDEQBackbone(BaseModule):
         return self
 
 
+def _call(cell: nn.Module, states: Sequence[Tensor], injection: Tensor) -> list[Tensor]:
+    return cell(states, injection)
+
+
+def _compiled_call(name: str, options: bool | Config) -> Callable[..., list[Tensor]] | None:
+    """How the cell is called where it is compiled."""
+    if not isinstance(options, (bool, dict)):
+        raise ValueError(
+            f'{name}: compile_cell must be True, False or a dict of options of torch.compile, '
+            f'got {options!r}.'
+        )
+    # A dict without options compiles, too.
+    if options is False:
+        return None
+    # The adjoint solver repeats it.
+    allow_repeated_backward()
+    return torch.compile(_call, **({} if options is True else options))
+
+
+def _build_cell(name: str, cell: Config, expansion: int | None, **options: Any) -> nn.Module:
+    """The user's f. ``options`` are those of the backbone that ``MDEQCell`` alone has."""
+    defaults = inspect.signature(MDEQCell).parameters
+    ours = [k for k, v in options.items() if k not in ('channels', 'expansion')]
+    ours = [k for k in ours if options[k] != defaults[k].default]
+    ours += [] if expansion is None else ['expansion']
+    if ours:
+        raise TypeError(
+            f'{name}: {", ".join(sorted(ours))} describe MDEQCell, and cell={cell!r} takes its '
+            'place. Leave them out, or give them to your cell.'
+        )
+    built = cell if isinstance(cell, nn.Module) else MODELS.build(cell)
+    if not callable(getattr(built, 'state_shapes', None)):
+        raise TypeError(
+            f'{name}: cell {type(built).__name__} has no state_shapes(injection), which gives the '
+            '(Ci, Hi, Wi) of its scales.'
+        )
+    return built
+
+
+def _check_norm_cfg(name: str, option: str, value: Any) -> None:
+    if not isinstance(value, dict) or 'type' not in value:
+        raise TypeError(
+            f"{name}: {option} must be a dict with a 'type', as dict(type='GN', num_groups=8), got "
+            f'{value!r}. f and its stem do not converge without normalization.'
+        )
+
+
+def _checked_sequence(name: str, option: str, value: Any) -> tuple[int, ...]:
+    """``value`` as a tuple of positive integers."""
+    if isinstance(value, (str, int)) or not isinstance(value, Sequence) or not value:
+        raise ValueError(
+            f'{name}: {option} must be a list of integers >= 1 with at least one entry, got '
+            f'{value!r}.'
+        )
+    return tuple(check_int(name, option, entry, 1) for entry in value)
+
+
 def _checked_out_indices(
-    name: str, out_indices: Optional[Sequence[int]], num_scales: int
-) -> Tuple[int, ...]:
+    name: str, out_indices: Sequence[int] | None, num_scales: int
+) -> tuple[int, ...]:
     """All scales for None, else ``out_indices`` if each names a scale."""
     if out_indices is None:
         return tuple(range(num_scales))
-    indices = tuple(out_indices)
-    if not indices or any(not isinstance(i, int) or not 0 <= i < num_scales for i in indices):
+    listed = isinstance(out_indices, Sequence) and not isinstance(out_indices, str)
+    indices = tuple(out_indices) if listed else ()
+    if not indices or any(
+        isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_scales for i in indices
+    ):
         raise ValueError(
-            f'{name}: out_indices must name scales among 0..{num_scales - 1} (channels has '
+            f'{name}: out_indices must be a list of scales among 0..{num_scales - 1} (channels has '
             f'{num_scales} entries), got {out_indices!r}.'
         )
     return indices

@@ -1,16 +1,24 @@
 """f: one residual block per scale, then fusion of all scales (paper, §3.2, Figs. 1 and 2)."""
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
+from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
-from ..layers import MDEQConv2d, VariationalDropout2d, build_norm, check_groups, weight_normed
-from ..options import check_choice
+from ..layers import MDEQConv2d, VariationalDropout2d, build_norm, check_groups
+from ..options import check_choice, checks_options
 
 
-def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(
+    cin: int, cout: int, kernel: int, stride: int = 1, weight_norm: bool = False
+) -> nn.Conv2d:
+    """A convolution of f; with ``weight_norm`` its weight is a norm per output channel times a
+    direction, in torch's parametrization form."""
+    conv = MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+    return parametrizations.weight_norm(conv, dim=0) if weight_norm else conv
 
 
 class ResidualBlock(nn.Module):
@@ -28,15 +36,15 @@ class ResidualBlock(nn.Module):
         self,
         channels: int,
         expansion: int,
-        norm_cfg: Dict[str, Any],
+        norm_cfg: dict[str, Any],
         drop_rate: float,
         weight_norm: bool,
     ) -> None:
         super().__init__()
         width = expansion * channels
-        self.conv1 = weight_normed(_conv(channels, width, 3), weight_norm)
+        self.conv1 = _conv(channels, width, 3, weight_norm=weight_norm)
         self.norm1 = build_norm(norm_cfg, width)
-        self.conv2 = weight_normed(_conv(width, channels, 3), weight_norm)
+        self.conv2 = _conv(width, channels, 3, weight_norm=weight_norm)
         self.drop = VariationalDropout2d(drop_rate)
         self.norm2 = build_norm(norm_cfg, channels)
         self.norm3 = build_norm(norm_cfg, channels)
@@ -61,8 +69,8 @@ class Downsample(nn.Sequential):
     Odd sizes round up. The width stays that of the source until the last convolution.
     """
 
-    def __init__(self, cin: int, cout: int, steps: int, norm_cfg: Dict[str, Any]) -> None:
-        layers: List[nn.Module] = []
+    def __init__(self, cin: int, cout: int, steps: int, norm_cfg: dict[str, Any]) -> None:
+        layers: list[nn.Module] = []
         for step in range(steps):
             width = cout if step == steps - 1 else cin
             layers += [_conv(cin, width, 3, stride=2), build_norm(norm_cfg, width)]
@@ -81,7 +89,7 @@ class Upsample(nn.Module):
             the paper says.
     """
 
-    def __init__(self, cin: int, cout: int, norm_cfg: Dict[str, Any], mode: str) -> None:
+    def __init__(self, cin: int, cout: int, norm_cfg: dict[str, Any], mode: str) -> None:
         super().__init__()
         self.conv = _conv(cin, cout, 1)
         self.norm = build_norm(norm_cfg, cout)
@@ -108,7 +116,7 @@ class Fusion(nn.Module):
         self,
         index: int,
         channels: Sequence[int],
-        norm_cfg: Dict[str, Any],
+        norm_cfg: dict[str, Any],
         weight_norm: bool,
         upsample: str,
     ) -> None:
@@ -121,7 +129,7 @@ class Fusion(nn.Module):
                 self.sources[str(j)] = Downsample(width, target, index - j, norm_cfg)
             elif j > index:
                 self.sources[str(j)] = Upsample(width, target, norm_cfg, upsample)
-        self.conv = weight_normed(_conv(target, target, 1), weight_norm)
+        self.conv = _conv(target, target, 1, weight_norm=weight_norm)
         self.norm = build_norm(norm_cfg, target, halve_groups=True)
 
     def forward(self, features: Sequence[Tensor], smooth: bool = False) -> Tensor:
@@ -139,11 +147,10 @@ class Fusion(nn.Module):
         return self.norm(self.conv(total))
 
 
+@MODELS.register_module()
+@checks_options
 class MDEQCell(nn.Module):
-    """f of a multiscale deep equilibrium model. One forward is one call of f.
-
-    It must be the same function at every call of one forward pass: dropout masks change only
-    when the owner resets them.
+    """f of a multiscale deep equilibrium model. One forward is one evaluation of f.
 
     Args:
         channels (Sequence[int]): Channels per scale, highest resolution first.
@@ -159,7 +166,7 @@ class MDEQCell(nn.Module):
         self,
         channels: Sequence[int],
         expansion: int = 5,
-        norm_cfg: Dict[str, Any] = dict(type='GN', num_groups=8),
+        norm_cfg: dict[str, Any] = dict(type='GN', num_groups=8),
         drop_rate: float = 0.0,
         weight_norm: bool = True,
         upsample: str = 'nearest',
@@ -171,6 +178,7 @@ class MDEQCell(nn.Module):
             check_groups(
                 c, norm_cfg.get('num_groups', 1), f'channels[{i}] with {norm_cfg}', halved=True
             )
+        self.channels = tuple(channels)
         self.blocks = nn.ModuleList(
             ResidualBlock(c, expansion, norm_cfg, drop_rate, weight_norm) for c in channels
         )
@@ -180,7 +188,7 @@ class MDEQCell(nn.Module):
         #: Softplus in place of the last ReLU of blocks and fusions (paper, §3.3).
         self.smooth = False
 
-    def forward(self, states: Sequence[Tensor], injection: Tensor) -> List[Tensor]:
+    def forward(self, states: Sequence[Tensor], injection: Tensor) -> list[Tensor]:
         """z -> f(z; x).
 
         Args:
@@ -192,3 +200,12 @@ class MDEQCell(nn.Module):
             block(z, x, self.smooth) for block, z, x in zip(self.blocks, states, injections)
         ]
         return [fusion(features, self.smooth) for fusion in self.fusions]
+
+    def state_shapes(self, injection: Tensor) -> list[tuple[int, int, int]]:
+        """(Ci, Hi, Wi) per scale, each half the one before, rounded up."""
+        h, w = injection.shape[-2:]
+        shapes = []
+        for c in self.channels:
+            shapes.append((c, h, w))
+            h, w = (h + 1) // 2, (w + 1) // 2
+        return shapes

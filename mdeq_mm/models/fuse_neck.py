@@ -1,6 +1,7 @@
 """The classification neck: all equilibria are brought to the lowest resolution."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule, build_norm_layer
@@ -17,7 +18,7 @@ _EXPANSION = 4
 class _Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions to four times ``width``, with a projected residual."""
 
-    def __init__(self, in_channels: int, width: int, norm_cfg: Dict[str, Any]) -> None:
+    def __init__(self, in_channels: int, width: int, norm_cfg: dict[str, Any]) -> None:
         super().__init__()
         out_channels = _EXPANSION * width
         # As released, only the norm of the residual path learns a scale and a shift.
@@ -34,7 +35,7 @@ class _Bottleneck(nn.Module):
 
 
 def _biased_conv(
-    cin: int, cout: int, kernel: int, stride: int, norm_cfg: Dict[str, Any]
+    cin: int, cout: int, kernel: int, stride: int, norm_cfg: dict[str, Any]
 ) -> nn.Sequential:
     """Convolution, norm, ReLU. The released nets have a bias before these norms, so we do."""
     conv = MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2)
@@ -65,8 +66,8 @@ class MDEQFuseNeck(BaseModule):
         in_channels: Sequence[int],
         head_channels: Sequence[int],
         out_channels: int,
-        norm_cfg: Dict[str, Any] = dict(type='BN'),
-        init_cfg: Optional[Union[Dict, List[Dict]]] = None,
+        norm_cfg: dict[str, Any] = dict(type='BN'),
+        init_cfg: dict | list[dict] | None = None,
     ) -> None:
         if init_cfg is None:
             init_cfg = [
@@ -93,7 +94,7 @@ class MDEQFuseNeck(BaseModule):
         )
         self.final = _biased_conv(widths[-1], out_channels, 1, 1, norm_cfg)
 
-    def forward(self, features: Sequence[Tensor]) -> Tuple[Tensor]:
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor]:
         """[(N, Ci, Hi, Wi)] -> one (N, out_channels, H, W) at the lowest resolution."""
         if len(features) != self.num_scales:
             raise ValueError(

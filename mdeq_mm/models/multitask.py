@@ -1,6 +1,7 @@
 """One network, two tasks: segmentation and classification of the same images at once."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..options import check_int, checks_options
 
-Config = Dict[str, Any]
+Config = dict[str, Any]
 
 
 @MODELS.register_module()
@@ -44,24 +45,24 @@ class JointHead(BaseModule):
         self,
         seg: Config,
         cls: Config,
-        cls_neck: Optional[Union[Config, List[Config]]] = None,
-        init_cfg: Optional[Union[Config, List[Config]]] = None,
+        cls_neck: Config | list[Config] | None = None,
+        init_cfg: Config | list[Config] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.seg_head = MODELS.build(seg)
         self.cls_neck = None if cls_neck is None else MODELS.build(cls_neck)
         self.cls_head = MODELS.build(cls)
 
-    def _cls_features(self, features: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+    def _cls_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return features if self.cls_neck is None else self.cls_neck(features)
 
-    def forward(self, features: Tuple[Tensor, ...]) -> Tuple[Tensor, Tensor]:
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """[(N, Ci, Hi, Wi)] -> logits of the maps (N, K, H, W), and of the images (N, L)."""
         return self.seg_head(features), self.cls_head(self._cls_features(features))
 
     def loss(
-        self, features: Tuple[Tensor, ...], data_samples: Sequence[BaseDataElement]
-    ) -> Dict[str, Tensor]:
+        self, features: tuple[Tensor, ...], data_samples: Sequence[BaseDataElement]
+    ) -> dict[str, Tensor]:
         """The losses of both tasks, named ``seg.*`` and ``cls.*``."""
         seg = self.seg_head.loss(features, data_samples, dict())
         cls = self.cls_head.loss(self._cls_features(features), data_samples)
@@ -72,8 +73,8 @@ class JointHead(BaseModule):
 
     def predict(
         self,
-        features: Tuple[Tensor, ...],
-        data_samples: Optional[Sequence[BaseDataElement]] = None,
+        features: tuple[Tensor, ...],
+        data_samples: Sequence[BaseDataElement] | None = None,
     ) -> Sequence[BaseDataElement]:
         """Write ``pred_sem_seg``, ``pred_score`` and ``pred_label`` into the data samples.
 
@@ -98,7 +99,7 @@ class JointHead(BaseModule):
             )
         return data_samples
 
-    def _label_map(self, logits: Tensor, meta: Dict[str, Any]) -> Tensor:
+    def _label_map(self, logits: Tensor, meta: dict[str, Any]) -> Tensor:
         """(K, H, W) of the padded picture -> labels (1, H0, W0) of the picture as it was read."""
         rows, columns = meta['img_shape'][:2]
         logits = F.interpolate(
@@ -127,7 +128,7 @@ class PresentClasses(BaseTransform):
     def __init__(self, num_classes: int) -> None:
         self.num_classes = check_int(type(self).__name__, 'num_classes', num_classes, 1)
 
-    def transform(self, results: Dict[str, Any]) -> Dict[str, Any]:
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Add ``gt_score``, (num_classes,) of 0 and 1, to ``results['data_samples']``."""
         sample = results.get('data_samples')
         if sample is None or 'gt_sem_seg' not in sample:

@@ -1,6 +1,7 @@
 """The continuous-depth baselines of the paper's Table 1, integrated by torchdiffeq."""
 
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class NeuralODEBackbone(BaseModule):
         hidden_channels: int = 64,
         augment_channels: int = 0,
         tol: float = 1e-3,
-        init_cfg: Optional[Union[Dict[str, Any], List[Dict[str, Any]]]] = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         name = type(self).__name__
@@ -92,7 +93,7 @@ class NeuralODEBackbone(BaseModule):
         _odeint_adjoint()
         self.function = ConvODEFunction(in_channels + augment_channels, hidden_channels)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor]:
         """(N, in_channels, H, W) -> z(1), one (N, in_channels + augment_channels, H, W)."""
         z0 = F.pad(x, (0, 0, 0, 0, 0, self.augment_channels))
         times = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)

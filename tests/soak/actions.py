@@ -174,8 +174,7 @@ def other_solver(case: Case) -> None:
     cfg = draw_solver(case.rng, max_iter=20)
     layer.eval_solver, layer.unrolled_layers = None, 0
     if layer.gradient.needs_state and cfg['type'] == 'FixedPointIteration':
-        layer.solver = copy.copy(layer.solver)
-        layer.solver.max_iter = cfg['max_iter']
+        layer.solver = layer.solver.replace(max_iter=cfg['max_iter'])
     else:
         layer.solver = build_part(cfg, Solver)
     case.check()
@@ -216,12 +215,14 @@ def compare_in_double(case: Case, images: Tensor, parts: list[list[int]]) -> Non
         parts: Indices of each.
     """
     net = copy.deepcopy(case.backbone).double().eval()
-    net.implicit.solver.tol, net.implicit.eval_solver = 0.0, None
+    net.implicit.solver = net.implicit.solver.replace(tol=0.0)
+    net.implicit.eval_solver = None
     images, kept = images.double(), sorted(sum(parts, []))
     noisy = images * (1 + 1e-14 * torch.randn_like(images))
     with torch.no_grad():
         for budget in (net.implicit.solver.max_iter, 3, 1):
-            net.implicit.solver.max_iter = min(budget, net.implicit.solver.max_iter)
+            budget = min(budget, net.implicit.solver.max_iter)
+            net.implicit.solver = net.implicit.solver.replace(max_iter=budget)
             together = [out[kept] for out in net(images)]
             effect = max((o - n[kept]).abs().max() for o, n in zip(together, net(noisy))).item()
             if effect < 1e-10:

@@ -124,7 +124,8 @@ def constant_f(case: Case) -> None:
     """f is the same everywhere: all changes are parallel, Anderson's system is singular."""
     layer = case.backbone.implicit
     before = layer.solver, layer.eval_solver, layer.unrolled_layers
-    layer.solver = Anderson(case.rng.randint(2, 9), 1e-9, case.rng.choice((1, 3, 20)), ridge=0.0)
+    calls, memory = case.rng.randint(2, 9), case.rng.choice((1, 3, 20))
+    layer.solver = Anderson(calls, 1e-9, memory=memory, ridge=0.0)
     layer.eval_solver, layer.unrolled_layers = None, 0
     with torch.no_grad():
         for fusion in case.backbone.cell.fusions:
@@ -133,7 +134,7 @@ def constant_f(case: Case) -> None:
     case.check()
     status = layer.forward_stats.status
     require((status == int(Status.CONVERGED)).all(), f'constant f, status {status.tolist()}')
-    layer.solver.damping = 0.3
+    layer.solver = layer.solver.replace(damping=0.3)
     case.check()
     layer.solver, layer.eval_solver, layer.unrolled_layers = before
 
@@ -181,15 +182,16 @@ def check_solution(found: Solution, f: Callable, solver: Solver) -> None:
 def one_evaluation(case: Case) -> None:
     """A budget of one evaluation in both passes."""
     layer = case.backbone.implicit
-    solvers = [layer.solver, layer.eval_solver, getattr(layer.gradient, 'solver', None)]
-    solvers = [solver for solver in solvers if solver is not None]
-    before = [solver.max_iter for solver in solvers]
-    for solver in solvers:
-        solver.max_iter = 1
+    before = layer.solver, layer.eval_solver, layer.gradient
+    layer.solver = layer.solver.replace(max_iter=1)
+    if layer.eval_solver is not None:
+        layer.eval_solver = layer.eval_solver.replace(max_iter=1)
+    if hasattr(layer.gradient, 'solver'):
+        backward = layer.gradient.solver.replace(max_iter=1)
+        layer.gradient = layer.gradient.replace(solver=backward)
     case.check()
     train(case)
-    for solver, max_iter in zip(solvers, before):
-        solver.max_iter = max_iter
+    layer.solver, layer.eval_solver, layer.gradient = before
 
 
 class Broken(Exception):

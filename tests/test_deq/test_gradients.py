@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from mdeq_mm.deq.gradients import (
-    ImplicitGradient,
+    Gradient,
     JacobianFreeGradient,
     PhantomGradient,
     SharedInverseGradient,
     TruncatedGradient,
 )
-from mdeq_mm.deq.layer import ImplicitLayer
 from mdeq_mm.deq.solvers import Solver, solve
-from mdeq_mm.registry import build_part
+from mdeq_mm.registry import build_implicit, build_part
 
 TIGHT = dict(type='LimitedMemoryBroyden', max_iter=200, tol=1e-13, memory=20)
 EXACT = dict(type='ImplicitGradient', solver=TIGHT)
@@ -66,7 +65,7 @@ def neumann(w, x, v, terms):
 )
 def test_implicit_gradient_is_that_of_the_unrolled_net(parts, solver):
     w, x, v = parts
-    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver))
+    layer = build_implicit(solver, dict(type='ImplicitGradient', solver=solver))
     got = torch.autograd.grad(run(layer, w, x), (w, x), v)
     expected = torch.autograd.grad(unrolled(w, x), (w, x), v)
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-6)
@@ -74,7 +73,7 @@ def test_implicit_gradient_is_that_of_the_unrolled_net(parts, solver):
 
 def test_gradcheck_through_the_layer(parts):
     w, x, _ = parts
-    layer = ImplicitLayer(TIGHT, EXACT)
+    layer = build_implicit(TIGHT, EXACT)
     assert torch.autograd.gradcheck(lambda w, x: run(layer, w, x), (w, x), atol=1e-6)
 
 
@@ -85,15 +84,15 @@ def test_truncated_and_jacobian_free_are_the_first_terms_of_the_series(parts):
         (TruncatedGradient(steps=1, damping=1), 2),
         (TruncatedGradient(steps=4, damping=1), 5),
     ):
-        got = torch.autograd.grad(run(ImplicitLayer(TIGHT, gradient), w, x), (w, x), v)
+        got = torch.autograd.grad(run(build_implicit(TIGHT, gradient), w, x), (w, x), v)
         torch.testing.assert_close(got, neumann(w, x, v, terms), atol=1e-9, rtol=1e-7)
 
 
 def test_truncated_gradient_converges_to_the_exact_one(parts):
     w, x, v = parts
-    expected = torch.autograd.grad(run(ImplicitLayer(TIGHT, EXACT), w, x), (w, x), v)
+    expected = torch.autograd.grad(run(build_implicit(TIGHT, EXACT), w, x), (w, x), v)
     got = torch.autograd.grad(
-        run(ImplicitLayer(TIGHT, TruncatedGradient(steps=150)), w, x), (w, x), v
+        run(build_implicit(TIGHT, TruncatedGradient(steps=150)), w, x), (w, x), v
     )
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
@@ -104,7 +103,7 @@ def test_damping_tames_a_series_whose_terms_grow():
     v = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
     got = {}
     for damping in (1.0, 0.5):
-        layer = ImplicitLayer(TIGHT, TruncatedGradient(steps=30, damping=damping))
+        layer = build_implicit(TIGHT, TruncatedGradient(steps=30, damping=damping))
         out = layer(lambda z: z @ w.T + x, torch.zeros_like(x))
         (got[damping],) = torch.autograd.grad(out, x, v)
     # (1 - J')^-1 v
@@ -119,7 +118,7 @@ def test_shared_inverse_is_exact_in_one_dimension():
     v = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
 
     def grads(gradient):
-        layer = ImplicitLayer(TIGHT, gradient)
+        layer = build_implicit(TIGHT, gradient)
         return torch.autograd.grad(layer(lambda z: z @ w.T + x, torch.zeros_like(x)), (w, x), v)
 
     got = grads(SharedInverseGradient(max_growth=10.0))
@@ -131,8 +130,8 @@ def test_shared_inverse_is_exact_in_one_dimension():
 
 def test_shared_inverse_refines_to_the_exact_gradient(parts):
     w, x, v = parts
-    refined = run(ImplicitLayer(TIGHT, SharedInverseGradient(steps=150)), w, x)
-    exact = run(ImplicitLayer(TIGHT, EXACT), w, x)
+    refined = run(build_implicit(TIGHT, SharedInverseGradient(steps=150)), w, x)
+    exact = run(build_implicit(TIGHT, EXACT), w, x)
     got, expected = (torch.autograd.grad(out, (w, x), v) for out in (refined, exact))
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
@@ -145,7 +144,7 @@ def test_shared_inverse_falls_back_sample_by_sample(parts):
     growth = solution.state.inverse_transpose(v).norm(dim=1) / v.norm(dim=1)
     limit = growth.sort().values[1:3].mean().item()
     outs = [
-        run(ImplicitLayer(TIGHT, gradient), w, x)
+        run(build_implicit(TIGHT, gradient), w, x)
         for gradient in (
             SharedInverseGradient(max_growth=limit),
             SharedInverseGradient(max_growth=100.0),
@@ -157,16 +156,14 @@ def test_shared_inverse_falls_back_sample_by_sample(parts):
         torch.testing.assert_close(mixed[i], kept[i] if growth[i] < limit else fallen[i])
 
 
-def test_shared_inverse_needs_a_solver_that_learns(parts):
-    w, x, _ = parts
-    layer = ImplicitLayer(dict(type='FixedPointIteration'), SharedInverseGradient())
+def test_shared_inverse_needs_a_solver_that_learns():
     with pytest.raises(TypeError, match='LimitedMemoryBroyden or Anderson'):
-        run(layer, w, x)
+        build_implicit(dict(type='FixedPointIteration'), SharedInverseGradient())
 
 
 def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
     w, x, v = parts
-    layer = ImplicitLayer(TIGHT, PhantomGradient(steps=3, damping=0.6))
+    layer = build_implicit(TIGHT, PhantomGradient(steps=3, damping=0.6))
     got = torch.autograd.grad(run(layer, w, x), (w, x), v)
     z = unrolled(w, x).detach()
     for _ in range(3):
@@ -177,7 +174,7 @@ def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
 @pytest.mark.parametrize(
     'gradient',
     [
-        ImplicitGradient(TIGHT),
+        build_part(EXACT, Gradient),
         TruncatedGradient(),
         JacobianFreeGradient(),
         SharedInverseGradient(),
@@ -187,7 +184,7 @@ def test_phantom_gradient_is_backpropagation_through_damped_layers(parts):
 )
 def test_every_gradient_returns_the_equilibrium(parts, gradient):
     w, x, _ = parts
-    layer = ImplicitLayer(TIGHT, gradient)
+    layer = build_implicit(TIGHT, gradient)
     torch.testing.assert_close(run(layer, w, x), unrolled(w, x))
     with torch.no_grad():
         out = run(layer, w, x)
@@ -198,7 +195,7 @@ def test_every_gradient_returns_the_equilibrium(parts, gradient):
 def test_two_forwards_then_two_backwards(parts):
     """Each forward keeps its own hook and equilibrium, in either order of the backwards."""
     w, x, v = parts
-    layer = ImplicitLayer(TIGHT, EXACT)
+    layer = build_implicit(TIGHT, EXACT)
     inputs = [x, 2 * x.detach() + 1]
     expected = [torch.autograd.grad(run(layer, w, i), w, v)[0] for i in inputs]
     outs = [run(layer, w, i) for i in inputs]
@@ -211,7 +208,7 @@ def test_two_forwards_then_two_backwards(parts):
 
 def test_joint_backward_of_two_forwards_is_the_sum(parts):
     w, x, v = parts
-    layer = ImplicitLayer(TIGHT, EXACT)
+    layer = build_implicit(TIGHT, EXACT)
     single = [torch.autograd.grad(run(layer, w, i), w, v)[0] for i in (x, 3 * x)]
     both = torch.autograd.grad((run(layer, w, x) + run(layer, w, 3 * x)), w, v)[0]
     torch.testing.assert_close(both, single[0] + single[1])
@@ -219,7 +216,7 @@ def test_joint_backward_of_two_forwards_is_the_sum(parts):
 
 def test_gradient_of_a_sample_does_not_depend_on_its_batch(parts):
     w, x, v = parts
-    layer = ImplicitLayer(
+    layer = build_implicit(
         dict(type='LimitedMemoryBroyden', max_iter=30, tol=1e-6),
         dict(type='ImplicitGradient', solver=dict(type='Anderson', max_iter=30, tol=1e-6)),
     )
@@ -232,7 +229,7 @@ def test_gradient_of_a_sample_does_not_depend_on_its_batch(parts):
 
 def test_second_derivative_gives_one_clear_error(parts):
     w, x, v = parts
-    out = run(ImplicitLayer(TIGHT, EXACT), w, x)
+    out = run(build_implicit(TIGHT, EXACT), w, x)
     with pytest.raises(NotImplementedError, match='create_graph'):
         torch.autograd.grad(out, w, v, create_graph=True)
 
@@ -241,7 +238,7 @@ def test_failing_backward_solve_leaves_a_finite_gradient(parts):
     """An adjoint that diverges falls back to its best iterate, at worst the incoming gradient."""
     _, x, v = parts
     w = (3 * torch.eye(6, dtype=torch.float64)).requires_grad_()
-    layer = ImplicitLayer(
+    layer = build_implicit(
         dict(type='FixedPointIteration', max_iter=5),
         dict(type='ImplicitGradient', solver=dict(type='FixedPointIteration', max_iter=2000)),
     )
@@ -253,7 +250,7 @@ def test_failing_backward_solve_leaves_a_finite_gradient(parts):
 
 def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
     w, x, v = parts
-    layer = ImplicitLayer(TIGHT, EXACT)
+    layer = build_implicit(TIGHT, EXACT)
 
     class Witness:
         """Lives as long as the function of one forward does."""
@@ -277,13 +274,13 @@ def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
 @pytest.mark.parametrize(
     'make, words',
     [
-        (lambda: ImplicitLayer(dict(type='Andersen'), EXACT), ["'Anderson'", 'FixedPoint']),
-        (lambda: ImplicitLayer(dict(max_iter=3), EXACT), ['type', 'max_iter']),
-        (lambda: ImplicitLayer(TIGHT, dict(type='PhantomGradent')), ['PhantomGradient']),
-        (lambda: ImplicitLayer(TIGHT, TIGHT), ['is not a gradient', 'ImplicitGradient']),
-        (lambda: ImplicitLayer(EXACT, EXACT), ['is not a solver', 'Anderson']),
-        (lambda: ImplicitLayer(TIGHT, dict(type='ImplicitGradient', slover=1)), ['solver']),
-        (lambda: ImplicitLayer(TIGHT, EXACT, unrolled_layers=-1), ['unrolled_layers', '-1']),
+        (lambda: build_implicit(dict(type='Andersen'), EXACT), ["'Anderson'", 'FixedPoint']),
+        (lambda: build_implicit(dict(max_iter=3), EXACT), ['type', 'max_iter']),
+        (lambda: build_implicit(TIGHT, dict(type='PhantomGradent')), ['PhantomGradient']),
+        (lambda: build_implicit(TIGHT, TIGHT), ['is not a gradient', 'ImplicitGradient']),
+        (lambda: build_implicit(EXACT, EXACT), ['is not a solver', 'Anderson']),
+        (lambda: build_implicit(TIGHT, dict(type='ImplicitGradient', slover=1)), ['solver']),
+        (lambda: build_implicit(TIGHT, EXACT, unrolled_layers=-1), ['unrolled_layers', '-1']),
         (lambda: TruncatedGradient(steps=0), ['steps', '0']),
         (lambda: TruncatedGradient(damping=0), ['damping', '0']),
         (lambda: PhantomGradient(damping=1.5), ['damping', '1.5']),

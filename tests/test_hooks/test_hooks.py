@@ -13,7 +13,6 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mdeq_mm.hooks import MDEQWarmupHook, SolverStatsHook
-from mdeq_mm.layers import VariationalDropout2d
 
 
 def solver(max_iter, tol=0):
@@ -194,29 +193,6 @@ def test_nan_loss_is_told_apart_from_solver_failure(tmp_path):
     text = '\n'.join(warnings_of(tmp_path / 'solver'))
     assert 'forward solver diverged or turned non-finite on 2 samples' in text
     assert 'The loss is not finite; the solver failed as well' in text
-
-
-def test_dropout_hook_renews_masks_each_iteration(tmp_path):
-    class Dropped(BaseModel):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-            self.drop = VariationalDropout2d(0.5)
-            self.masks = []
-
-        def forward(self, inputs, mode='tensor'):
-            if mode != 'loss':
-                return inputs
-            x = torch.ones(2, 64, 1, 1)
-            outs = [self.drop(x), self.drop(x)]
-            assert torch.equal(*outs)
-            self.masks.append(outs[0])
-            return dict(loss=(self.weight * outs[0]).mean())
-
-    model = Dropped()
-    hooks = [dict(type='VariationalDropoutHook')]
-    run(tmp_path, model, hooks, max_iters=2, val_interval=100)
-    assert len(model.masks) == 2 and not torch.equal(*model.masks)
 
 
 @pytest.mark.parametrize(

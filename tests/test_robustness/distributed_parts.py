@@ -13,8 +13,8 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mdeq_mm.deq import implicit_layers
 from mdeq_mm.hooks import IterationSeedHook, MDEQWarmupHook, SolverStatsHook
-from mdeq_mm.hooks.warmup_hook import mdeq_backbones
 from mdeq_mm.layers import VariationalDropout2d, reset_masks
 
 from . import contracting, tiny_backbone
@@ -59,8 +59,8 @@ class RecordHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
     ) -> None:
         self.record['losses'].append(float(outputs['loss']))
-        (net,) = mdeq_backbones(runner.model)
-        stats = net.implicit.forward_stats
+        (layer,) = implicit_layers(runner.model)
+        stats = layer.forward_stats
         self.record['nfe'].append(stats and float(stats.num_iter.double().mean()))
 
     def after_train(self, runner: Runner) -> None:
@@ -78,7 +78,7 @@ class ProbeHook(Hook):
         self.seen: List[Dict[str, Any]] = []
         self.grads: List[Dict[str, Tensor]] = []
         self.current: Dict[str, Any] = {}
-        (self.net,) = mdeq_backbones(runner.model)
+        self.net = runner.model.module.backbone
         self.net.cell.register_forward_hook(self._count)
         for index, drop in enumerate(self._dropouts()):
             drop.register_forward_hook(lambda drop, *_, i=index: self._look(i, drop))
@@ -191,14 +191,14 @@ def train(rank: int, work_dir: str, gradient: str) -> Dict[str, Any]:
 def uneven_reports(rank: int, runner: Runner) -> Dict[str, Dict[str, float]]:
     """What the stats hook logs where only the first process has something to report."""
     hook, hub = SolverStatsHook(interval=1), runner.message_hub
-    implicit = mdeq_backbones(runner.model)[0].implicit
+    implicit = implicit_layers(runner.model)[0]
     own = implicit.forward_stats.summary(), implicit.backward_stats.summary()
     if rank == 0:
         hook.after_val_iter(runner, 0)
         hook.after_val_iter(runner, 1)
     hook.after_val_epoch(runner)
     if rank == 1:
-        implicit.backward_stats = None
+        implicit._reports.backward = None
     hook.after_train_iter(runner, 0)
     names = ('val/val/deq_nfe', 'train/train/deq_nfe', 'train/train/deq_bwd_nfe')
     logged = {name: float(hub.get_scalar(name).current()) for name in names}

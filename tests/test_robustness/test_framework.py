@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from mdeq_mm.deq.layer import ImplicitLayer
+from mdeq_mm.registry import build_implicit
 
 from . import SOLVERS, tiny_backbone
 
@@ -445,6 +445,6 @@ def test_threads_may_predict_with_one_model():
 
 def test_an_implicit_layer_without_parameters_passes_no_gradient_and_no_error():
     solver = dict(type='Anderson', max_iter=30, tol=1e-6)
-    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver))
+    layer = build_implicit(solver, dict(type='ImplicitGradient', solver=solver))
     out = layer(torch.cos, torch.zeros(2, 3, dtype=torch.float64))
     torch.testing.assert_close(out, torch.cos(out), rtol=1e-5, atol=1e-5)

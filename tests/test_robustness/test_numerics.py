@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mdeq_mm.deq.layer import ImplicitLayer
 from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Status, solve
+from mdeq_mm.registry import build_implicit
 
 from . import SOLVERS, contracting, tiny_backbone
 
@@ -171,7 +171,7 @@ def test_without_a_fixed_point_nothing_converges_and_all_is_finite(kind, f):
 def test_an_adjoint_without_a_solution_gives_a_finite_gradient(kind):
     """f = z + x has J = I, so that g = J'g + v has no solution for any v but zero."""
     solver = dict(type=kind, max_iter=20, tol=1e-6)
-    layer = ImplicitLayer(solver, dict(type='ImplicitGradient', solver=solver))
+    layer = build_implicit(solver, dict(type='ImplicitGradient', solver=solver))
     x = torch.ones(2, 3, requires_grad=True)
     layer(lambda z: z + x, torch.zeros(2, 3)).sum().backward()
     assert torch.isfinite(x.grad).all()

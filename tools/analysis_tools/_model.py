@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from mdeq_mm.hooks.warmup_hook import mdeq_backbones
 from mdeq_mm.models import MDEQBackbone
 
 __all__ = [
@@ -119,7 +117,7 @@ def the_backbone(model: nn.Module) -> MDEQBackbone:
     Raises:
         ValueError: If it has none, or several.
     """
-    backbones: Sequence[MDEQBackbone] = mdeq_backbones(model)
+    backbones = [module for module in model.modules() if isinstance(module, MDEQBackbone)]
     if len(backbones) != 1:
         raise ValueError(f'the model has {len(backbones)} MDEQBackbone modules; want exactly one')
     return backbones[0]

@@ -1,15 +1,13 @@
 """Anderson acceleration of the fixed-point iteration."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
-from ...options import check_number, checks_options
+from ...options import check_number, immutable
 from .secant import SecantSolver, SecantState, _project
 
 
-@checks_options
+@immutable
 class Anderson(SecantSolver):
     """Anderson acceleration (type II, in difference form) over the last ``memory`` steps.
 
@@ -24,20 +22,17 @@ class Anderson(SecantSolver):
         damping (float): Mixing of f's value into the next iterate, in (0, 1].
         ridge (float): Added to the unit diagonal of the normal equations.
         history_dtype (str, optional): As of ``LimitedMemoryBroyden``.
+        check_every (int): Evaluations between two looks at the residuals.
     """
 
-    def __init__(
-        self,
-        max_iter: int = 30,
-        tol: float = 1e-3,
-        memory: int = 5,
-        damping: float = 1.0,
-        ridge: float = 1e-6,
-        history_dtype: Optional[str] = None,
-    ) -> None:
-        super().__init__(max_iter, tol, memory, history_dtype)
-        self.damping = check_number('Anderson', 'damping', damping, 0, 1, open_low=True)
-        self.ridge = check_number('Anderson', 'ridge', ridge, low=0)
+    memory: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number('Anderson', 'damping', self.damping, 0, 1, open_low=True)
+        check_number('Anderson', 'ridge', self.ridge, low=0)
 
     @property
     def mixing(self) -> float:

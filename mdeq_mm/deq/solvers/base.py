@@ -1,14 +1,16 @@
 """The one loop every solver runs in: residuals, stopping, best iterate, guards."""
 
 import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...options import check_int, check_number
+from ...options import check_int, check_number, immutable
 
 Function = Callable[[Tensor], Tensor]
 
@@ -27,7 +29,7 @@ class Status(enum.IntEnum):
         return _REMEDIES[self]
 
 
-_REMEDIES: Dict[Status, str] = {
+_REMEDIES: dict[Status, str] = {
     Status.CONVERGED: 'the residual reached tol.',
     Status.EXHAUSTED: 'max_iter evaluations of f did not bring the residual to tol; the best '
     'iterate was returned. Raise max_iter, raise tol, or train longer with an unrolled warm-up.',
@@ -37,8 +39,9 @@ _REMEDIES: Dict[Status, str] = {
     'nan in the input and the weights; under fp16, keep f in bf16 or float32.',
 }
 
-# |f(z) - z| has exploded at so many times both |f(z)| and its own first value. Either alone also
-# happens on the way to a solution: f may pass zero, and a start may be close to a repelling point.
+# A sample has diverged when |f(z) - z| is this many times |f(z)| and this many times its own
+# first value. Either alone also happens on the way to a solution: f(z) may pass through zero, and
+# a start may lie close to a repelling fixed point.
 _EXPLODED = 1e4
 
 
@@ -64,25 +67,49 @@ class Solution:
     state: Any = None
 
 
-class Solver:
-    """A method for z = f(z): hyperparameters only; what a solve builds up is its state.
+class Part:
+    """Base of solvers, gradients, starts and regularizers: hyperparameters that never change.
+
+    What a forward pass builds up lives in objects of its own, so that one part may serve many
+    layers, passes and threads at once.
+    """
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with other values for some options; the options are checked again."""
+        return replace(self, **changes)
+
+
+@immutable
+class Solver(Part):
+    """A method for z = f(z).
 
     A method implements :meth:`init` and :meth:`step`; :func:`solve` does the rest.
 
     Args:
         max_iter (int): Evaluations of f allowed, the same count for every method.
         tol (float): Relative residual at which a sample counts as solved. 0 never stops early.
+        check_every (int): Evaluations between two looks at whether all samples are done. On a
+            GPU each look waits for the device. With ``tol=0`` there is none.
     """
 
-    def __init__(self, max_iter: int, tol: float) -> None:
-        self.max_iter = check_int(type(self).__name__, 'max_iter', max_iter, minimum=1)
-        self.tol = check_number(type(self).__name__, 'tol', tol, low=0)
+    max_iter: int = 30
+    tol: float = 1e-3
+    check_every: int = field(default=1, kw_only=True)
+
+    #: Whether the final state has ``inverse_transpose``, an estimate of the inverse Jacobian.
+    learns_jacobian = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_int(name, 'max_iter', self.max_iter, minimum=1)
+        check_number(name, 'tol', self.tol, low=0)
+        check_int(name, 'check_every', self.check_every, minimum=1)
 
     def init(self, z0: Tensor) -> Any:
         """The state of a solve that starts at ``z0`` (N, D)."""
         raise NotImplementedError
 
-    def step(self, state: Any, g: Tensor, last_step: Tensor) -> Tensor:
+    def step(self, state: Any, g: Tensor, last_step: Tensor | None) -> Tensor:
         """The next displacement of the iterate.
 
         Args:
@@ -93,7 +120,8 @@ class Solver:
                 for a sample that is frozen. None at the first step.
 
         Returns:
-            Tensor: (N, D) what to add to the current iterate.
+            Tensor: (N, D) what to add to the current iterate. It may be a buffer of the state:
+            it is valid until the next call.
         """
         raise NotImplementedError
 
@@ -107,9 +135,22 @@ class Solver:
         tensors = {k: v[rows] for k, v in vars(state).items() if isinstance(v, Tensor)}
         return replace(state, **tensors)
 
-    def __repr__(self) -> str:
-        knobs = ', '.join(f'{k}={v!r}' for k, v in vars(self).items())
-        return f'{type(self).__name__}({knobs})'
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and small systems beside states of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass
+class _Outcome:
+    """What one evaluation meant for the batch.
+
+    ``all_improved`` and ``num_active`` are None where the host does not know them.
+    """
+
+    improved: Tensor
+    all_improved: bool | None = None
+    num_active: int | None = None
 
 
 # Attributes of a record with one row a sample.
@@ -119,16 +160,20 @@ _PER_ROW = ('best', 'residual', 'num_iter', 'status', 'active')
 class _Record:
     """Per-sample bookkeeping of one solve: what is best, what is active, how it ended."""
 
-    def __init__(self, z0: Tensor, tol: float) -> None:
+    def __init__(self, z0: Tensor, solver: Solver) -> None:
         n = z0.shape[0]
-        self.tol = tol
+        self.solver = solver
+        # A graph cannot branch on values, and a fixed budget on a GPU has nothing to decide:
+        # masks alone freeze samples there.
+        exporting = torch.compiler.is_exporting()
+        self.asks = not exporting and (solver.tol > 0 or z0.device.type == 'cpu')
         self.best = z0
-        self.residual = z0.new_full((n,), float('inf'))
+        self.residual = z0.new_full((n,), float('inf'), dtype=at_least_float32(z0.dtype))
         self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)
         self.status = torch.full_like(self.num_iter, int(Status.EXHAUSTED))
         self.active = torch.ones(n, dtype=torch.bool, device=z0.device)
-        self.limit: Optional[Tensor] = None
-        self.trace: List[Tensor] = []
+        self.limit: Tensor | None = None
+        self.trace: list[Tensor] = []
 
     def select(self, rows: Tensor) -> '_Record':
         """A record of some rows alone that goes on from here."""
@@ -146,16 +191,12 @@ class _Record:
             # Not in place: the best iterate may still be the caller's start.
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
 
-    def update(self, norm_g: Tensor, norm_f: Tensor) -> Tuple[Tensor, bool, bool]:
+    def update(self, norm_g: Tensor, norm_f: Tensor) -> _Outcome:
         """Take in one evaluation.
 
         Args:
             norm_g (Tensor): (N,) ``|f(z) - z|``.
             norm_f (Tensor): (N,) ``|f(z)|``.
-
-        Returns:
-            tuple: (N,) which samples improved; whether all did; whether none is active any
-            more. The last two and ``num_active`` cost the iteration's one transfer to the host.
         """
         residual = _relative(norm_g, norm_f)
         if self.limit is None:
@@ -167,7 +208,7 @@ class _Record:
         improved = self.active & (residual < self.residual)
         self.residual = torch.where(improved, residual, self.residual)
         finite = torch.isfinite(residual)
-        converged = self.active & (residual <= self.tol)
+        converged = self.active & (residual <= self.solver.tol)
         exploded = self.active & finite & (residual > _EXPLODED) & (norm_g > self.limit)
         broken = self.active & ~finite
         for mask, code in (
@@ -177,13 +218,21 @@ class _Record:
         ):
             self.status.masked_fill_(mask, int(code))
         self.active = self.active & ~(converged | exploded | broken)
-        if torch.compiler.is_exporting():
-            # A graph cannot branch on values: all evaluations are in it, and masks freeze samples.
-            self.all_active = False
-            return improved, False, False
-        all_improved, self.num_active = torch.stack([improved.all(), self.active.sum()]).tolist()
-        self.all_active = self.num_active == len(improved)
-        return improved, bool(all_improved), self.num_active == 0
+        if not self.asks or len(self.trace) % self.solver.check_every:
+            return _Outcome(improved)
+        # The one transfer to the host.
+        all_improved, num_active = torch.stack([improved.all(), self.active.sum()]).tolist()
+        return _Outcome(improved, bool(all_improved), num_active)
+
+    def solution(self, state: Any) -> Solution:
+        return Solution(
+            z=self.best,
+            residual=self.residual,
+            num_iter=self.num_iter,
+            trace=torch.stack(self.trace),
+            status=self.status,
+            state=state,
+        )
 
 
 def _relative(norm_g: Tensor, norm_f: Tensor) -> Tensor:
@@ -199,13 +248,13 @@ def solve(
     z0: Tensor,
     solver: Solver,
     keep_state: bool = False,
-    f_of_rows: Optional[Callable[[Tensor], Function]] = None,
+    f_of_rows: Callable[[Tensor], Function] | None = None,
 ) -> Solution:
     """Find z with f(z) = z, one independent problem per row.
 
     Runs without grad. A sample that reached ``solver.tol`` is frozen, so its answer does not
-    depend on its batch-mates; one that explodes or turns non-finite is frozen at its best
-    iterate. The state stays in the dtype of ``z0`` even where f computes in a lower one.
+    depend on the rest of its batch; one that explodes or turns non-finite is frozen at its best
+    iterate. The state stays in the dtype of ``z0`` whatever f returns.
 
     Args:
         f: (N, D) -> (N, D), pure: same z, same value, and z is left as it was.
@@ -215,68 +264,94 @@ def solve(
         f_of_rows: Given indices (K,), the (K, D) -> (K, D) that f is for these rows. With it
             frozen samples stop costing: whenever at most half the rows are active, only those
             go on. Not used with ``keep_state``, which wants the state of all.
+
+    Raises:
+        ValueError: If ``z0`` is no real floating-point (N, D), or f changes the shape.
     """
     if z0.dim() != 2 or not z0.is_floating_point():
-        raise ValueError(f'z0 must be a floating (N, D) tensor, got {z0.dtype} {tuple(z0.shape)}.')
+        raise ValueError(
+            f'z0 must be a real floating-point tensor (N, D), got {z0.dtype} {tuple(z0.shape)}.'
+        )
     z0 = z0.detach()
-    record, state = _Record(z0, solver.tol), solver.init(z0)
-    if keep_state or torch.compiler.is_exporting():
+    record, state = _Record(z0, solver), solver.init(z0)
+    if keep_state or not record.asks:
         f_of_rows = None
-    _iterate(f, z0, None, state, record, solver, f_of_rows)
-    return Solution(
-        z=record.best,
-        residual=record.residual,
-        num_iter=record.num_iter,
-        trace=torch.stack(record.trace),
-        status=record.status,
-        state=state if keep_state else None,
-    )
+    with uncached_autocast(z0.device.type):
+        _iterate(f, z0, None, state, record, f_of_rows)
+    return record.solution(state if keep_state else None)
+
+
+@contextmanager
+def uncached_autocast(device: str) -> Iterator[None]:
+    """Keep autocast from caching what it casts, for calls of f without grad.
+
+    A weight cast without grad would be found by the next call that wants one, in this thread or
+    in another, and cut its parameter off.
+    """
+    if device == 'meta' or not torch.is_autocast_enabled(device):
+        yield
+        return
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _iterate(
     f: Function,
     z: Tensor,
-    step: Optional[Tensor],
+    step: Tensor | None,
     state: Any,
     record: _Record,
-    solver: Solver,
-    f_of_rows: Optional[Callable[[Tensor], Function]],
+    f_of_rows: Callable[[Tensor], Function] | None,
 ) -> None:
     """Iterate from ``z`` until no row is active or the evaluations are spent; fills ``record``.
 
     ``step`` is the displacement that led to ``z``, None at a start, which belongs to the caller.
     """
-    # Nobody else has what a selection of rows starts from.
+    solver = record.solver
+    # What a selection of rows starts from is a copy of ours; a start is the caller's.
     borrowed = z if step is None else None
     # Large buffers are made once and used in turn: fresh memory costs more than the arithmetic.
     # The solver keeps one g while the next is written.
     g_buffers = (torch.empty_like(z), torch.empty_like(z))
     for evaluation in range(len(record.trace) + 1, solver.max_iter + 1):
-        fz = f(z)
+        # An alias: f may make it a leaf that requires grad, as an f that is itself a gradient does.
+        fz = f(z.detach())
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
+        fz = fz.to(z.dtype)
         g = torch.sub(fz, z, out=g_buffers[evaluation % 2])
-        norm_g = torch.linalg.vector_norm(g, dim=1)
-        norm_f = torch.linalg.vector_norm(fz, dim=1, dtype=g.dtype)
-        improved, all_improved, done = record.update(norm_g, norm_f)
+        outcome = record.update(_norm(g), _norm(fz))
         del fz
-        if all_improved:
+        if outcome.all_improved:
             record.best, free = z, record.best
         else:
             best = record.best if record.best is not borrowed else torch.empty_like(z)
-            torch.where(improved[:, None], z, record.best, out=best)
+            torch.where(outcome.improved[:, None], z, record.best, out=best)
             record.best, free = best, z
-        if done or evaluation == solver.max_iter:
+        if outcome.num_active == 0 or evaluation == solver.max_iter:
             break
         # Autocast is for f: the solver's own products stay in the precision of its state.
         with torch.autocast(z.device.type, enabled=False):
             step = solver.step(state, g, step)
-        if not record.all_active:
+        if outcome.num_active != len(z):
             step = step.masked_fill(~record.active[:, None], 0)
         z = z + step if free is borrowed else torch.add(z, step, out=free)
-        if f_of_rows is not None and 2 * record.num_active <= len(z):
-            _go_on_with_active(z, step, state, record, solver, f_of_rows)
+        if f_of_rows is not None and _few(outcome.num_active, len(z)):
+            _go_on_with_active(z, step, state, record, f_of_rows)
             break
+
+
+def _few(num_active: int | None, n: int) -> bool:
+    return num_active is not None and 2 * num_active <= n
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """(N, D) -> (N,) lengths, in at least float32."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=at_least_float32(rows.dtype))
 
 
 def _go_on_with_active(
@@ -284,7 +359,6 @@ def _go_on_with_active(
     step: Tensor,
     state: Any,
     record: _Record,
-    solver: Solver,
     f_of_rows: Callable[[Tensor], Function],
 ) -> None:
     """Finish the solve on the rows that are still active."""
@@ -294,9 +368,8 @@ def _go_on_with_active(
         f_of_rows(rows),
         z[rows],
         step[rows],
-        solver.select(state, rows),
+        record.solver.select(state, rows),
         part,
-        solver,
         lambda index: f_of_rows(rows[index]),
     )
     record.merge(rows, part)

@@ -1,15 +1,13 @@
 """Limited-memory Broyden's method in its compact form."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
-from ...options import checks_options
+from ...options import immutable
 from .secant import SecantSolver, SecantState, _project
 
 
-@checks_options
+@immutable
 class LimitedMemoryBroyden(SecantSolver):
     """Broyden's (good) method that keeps the latest ``memory`` updates (paper, §3.2).
 
@@ -26,16 +24,8 @@ class LimitedMemoryBroyden(SecantSolver):
         memory (int): Pairs kept. With ``memory >= max_iter`` this is textbook Broyden.
         history_dtype (str, optional): Keep the pairs in ``'bfloat16'`` or another dtype than the
             state's, for half the memory.
+        check_every (int): Evaluations between two looks at the residuals.
     """
-
-    def __init__(
-        self,
-        max_iter: int = 30,
-        tol: float = 1e-3,
-        memory: int = 10,
-        history_dtype: Optional[str] = None,
-    ) -> None:
-        super().__init__(max_iter, tol, memory, history_dtype)
 
     def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
         test.copy_(s)

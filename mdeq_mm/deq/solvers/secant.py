@@ -9,14 +9,13 @@ T (test vectors) and W with one column per remembered step. They differ in T and
 matrix M = T' Y they let it be: Broyden tests with s, Anderson with y.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ...options import check_choice, check_int
-from .base import Solver
+from ...options import check_choice, check_int, immutable
+from .base import Solver, at_least_float32
 
 
 @dataclass
@@ -29,7 +28,7 @@ class SecantState:
         norms: (N, m) lengths of the test vectors, 0 where a sample did not move.
         matrix: (N, m, m) the small system M.
         projection: (N, m) ``T' g`` at the previous iterate.
-        step: (N, D) where steps are written.
+        step: (N, D) where steps are written; what ``step`` of the solver returns.
         g: (N, D) value at the previous iterate.
         count: Steps seen so far.
     """
@@ -40,7 +39,7 @@ class SecantState:
     matrix: Tensor
     projection: Tensor
     step: Tensor
-    g: Optional[Tensor] = None
+    g: Tensor | None = None
     count: int = 0
 
     @property
@@ -77,17 +76,21 @@ class SecantState:
         if not used:
             return -v
         weights = self.weights(_project(self.images[:, :used], v), transpose=True)
-        return _combine(weights, self.tests[:, :used]) - v
+        return _combine(weights, self.tests[:, :used]).to(v.dtype) - v
 
 
 def _project(basis: Tensor, v: Tensor) -> Tensor:
-    """(N, k, D), (N, D) -> (N, k) inner products.
+    """(N, k, D), (N, D) -> (N, k) inner products, in at least float32.
 
     The vector stands on the left: on a CPU the product then runs at the speed of memory, four
     times faster than with the vector on the right.
     """
+    if basis.dtype == torch.float16:
+        # A sum of squares overflows in float16 from some 65,000 values on.
+        columns = [(column.float() * v.float()).sum(dim=1) for column in basis.unbind(1)]
+        return torch.stack(columns, dim=1).to(at_least_float32(v.dtype))
     products = torch.bmm(v.to(basis.dtype).unsqueeze(1), basis.mT).squeeze(1)
-    return products.to(v.dtype)
+    return products.to(at_least_float32(v.dtype))
 
 
 def _combine(weights: Tensor, basis: Tensor) -> Tensor:
@@ -113,6 +116,7 @@ def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     return torch.stack([(pivot * rows[:, :, size]).sum(dim=1) for pivot in pivots], dim=1)
 
 
+@immutable
 class SecantSolver(Solver):
     """Base of the methods that learn the Jacobian from the last ``memory`` steps.
 
@@ -120,33 +124,39 @@ class SecantSolver(Solver):
     and nothing quadratic in ``memory`` times D. Memory: two states a remembered step.
     """
 
-    #: Share of y in the images, and of g in the step.
-    mixing = 1.0
+    memory: int = 10
+    history_dtype: str | None = field(default=None, kw_only=True)
 
-    def __init__(
-        self, max_iter: int, tol: float, memory: int, history_dtype: Optional[str]
-    ) -> None:
-        super().__init__(max_iter, tol)
+    learns_jacobian = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        self.memory = check_int(name, 'memory', memory, minimum=1)
+        check_int(name, 'memory', self.memory, minimum=1)
         choices = (None, 'float32', 'bfloat16', 'float16')
-        self.history_dtype = check_choice(name, 'history_dtype', history_dtype, choices)
+        check_choice(name, 'history_dtype', self.history_dtype, choices)
+
+    @property
+    def mixing(self) -> float:
+        """Share of y in the images, and of g in the step."""
+        return 1.0
 
     def init(self, z0: Tensor) -> SecantState:
         n, d = z0.shape
         # The last evaluation is followed by no step and the first step has nothing to remember.
         m = max(1, min(self.memory, self.max_iter - 2))
         dtype = getattr(torch, self.history_dtype) if self.history_dtype else z0.dtype
+        small = dict(dtype=at_least_float32(z0.dtype))
         return SecantState(
             tests=z0.new_empty(n, m, d, dtype=dtype),
             images=z0.new_empty(n, m, d, dtype=dtype),
-            norms=z0.new_zeros(n, m),
-            matrix=z0.new_zeros(n, m, m),
-            projection=z0.new_zeros(n, m),
+            norms=z0.new_zeros(n, m, **small),
+            matrix=z0.new_zeros(n, m, m, **small),
+            projection=z0.new_zeros(n, m, **small),
             step=torch.empty_like(z0),
         )
 
-    def step(self, state: SecantState, g: Tensor, last_step: Optional[Tensor]) -> Tensor:
+    def step(self, state: SecantState, g: Tensor, last_step: Tensor | None) -> Tensor:
         if last_step is None:
             state.g = g
             return torch.mul(g, self.mixing, out=state.step)
@@ -154,16 +164,16 @@ class SecantSolver(Solver):
         state.count += 1
         used, test = state.used, state.tests[:, slot]
         self.remember(test, state.images[:, slot], last_step, g, state.g)
-        torch.linalg.vector_norm(test, dim=1, dtype=g.dtype, out=state.norms[:, slot])
+        state.norms[:, slot] = torch.linalg.vector_norm(test, dim=1, dtype=state.norms.dtype)
         projection = _project(state.tests[:, :used], g)
         self.update_matrix(state, slot, projection)
         state.projection[:, :used] = projection
         state.g = g
         weights = state.weights(projection)
-        if state.images.dtype != g.dtype:
+        if not state.images.dtype == weights.dtype == g.dtype:
             # A product takes one dtype, and the step is to have that of g.
             combination = _combine(weights, state.images[:, :used])
-            return torch.sub(self.mixing * g, combination, out=state.step)
+            return torch.sub(self.mixing * g, combination.to(g.dtype), out=state.step)
         return torch.baddbmm(
             g.unsqueeze(1),
             weights.unsqueeze(1),

@@ -102,6 +102,11 @@ class ImplicitGradient(Gradient):
 
     def __post_init__(self) -> None:
         check_kind('ImplicitGradient', 'solver', self.solver, Solver)
+        if self.solver.jitter is not None:
+            raise ValueError(
+                f'ImplicitGradient: jitter={self.solver.jitter} is for the forward solver; take it '
+                'away from that of the gradient.'
+            )
 
     def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         z, out = _one_call(f, solution)

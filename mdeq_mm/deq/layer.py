@@ -175,32 +175,34 @@ class ImplicitLayer(nn.Module):
 
     def _equilibrium(self, problem: Problem) -> Tensor:
         """f(z*), (N, D)."""
-        start = self.start(problem, self.training)
+        start, solver, generator = self.start(problem, self.training), self.current_solver, None
+        if self.training:
+            generator = self._generator()
+            solver = solver.drawn(generator)
         if start.requires_grad and torch.is_grad_enabled():
             _warn_of_learned_start()
         graph = torch.is_grad_enabled()
         skips = self.skip_solved and not self.training
         keeps = graph and self.gradient.needs_state
         rows = problem.rows if skips and not keeps and problem.separable else None
-        solution = solve(problem, start, self.current_solver, keep_state=keeps, f_of_rows=rows)
+        solution = solve(problem, start, solver, keep_state=keeps, f_of_rows=rows)
         self._reports.forward = SolverStats.of(solution)
         self.start.remember(problem, solution.z, self.training)
         if not graph:
             with uncached_autocast(start.device.type):
                 return problem(solution.z)
-        if not self._regularizes():
+        if not self._regularizes(generator):
             return self.gradient(problem, solution, self._reports.took_backward)
         watched = _Watched(problem.plain())
         out = self.gradient(watched, solution, self._reports.took_backward)
         self._keep_penalty(self.regularizer(watched.z, watched.out))
         return out
 
-    def _regularizes(self) -> bool:
+    def _regularizes(self, generator: torch.Generator | None) -> bool:
         """Whether this pass has a penalty."""
         if self.regularizer is None or not self.training:
             return False
-        share = torch.rand((), generator=self._generator()).item()
-        return share < self.regularizer.probability
+        return torch.rand((), generator=generator).item() < self.regularizer.probability
 
     def _generator(self) -> torch.Generator | None:
         if self.iteration_seed is None:

@@ -13,13 +13,20 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler
 
+from ..deq import ImplicitLayer, implicit_layers
+
 # What a seed is for. The same iteration's numbers for loading and for the forward pass differ.
-_LOADING, _FORWARD = range(2)
+_LOADING, _FORWARD, _SHARED = range(3)
+
+
+def mixed_seed(*words: int) -> int:
+    """One seed from some integers >= 0."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def seed_all(*words: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices) from some integers >= 0."""
-    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    seed = mixed_seed(*words)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -35,7 +42,8 @@ class IterationSeedHook(Hook):
     before it, so an interrupted and resumed run ends with the weights of one that was never
     interrupted, where the arithmetic itself is deterministic. That holds for augmentation inside
     loader processes too, as long as ``num_workers`` and the number of processes stay the same.
-    Validation does not shift the numbers of the training. Ranks draw different masks.
+    Validation does not shift the numbers of the training. Ranks draw different masks; what an
+    implicit layer chooses for a whole iteration (``iteration_seed``) is the same on all ranks.
 
     Checkpoints carry the sampler's seed as ``meta.sampler_seed``. A checkpoint in the middle of an
     epoch of an epoch-based loop is no such place: MM starts that epoch again.
@@ -47,6 +55,7 @@ class IterationSeedHook(Hook):
     def __init__(self) -> None:
         self._sampler_seed: int | None = None
         self._batches: _SeededBatches | None = None
+        self._layers: list[ImplicitLayer] = []
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         for sampler in _seeded_samplers(runner.train_dataloader):
@@ -65,6 +74,11 @@ class IterationSeedHook(Hook):
         # Otherwise each iterator made of the loader takes a number of the global generator.
         loader.generator = torch.Generator().manual_seed(runner.seed)
         self._batches = _SeededBatches(loader, runner.seed)
+        self._layers = implicit_layers(runner.model)
+        # With diff_rank_seed each rank has a seed of its own.
+        shared = [runner.seed]
+        dist.broadcast_object_list(shared)
+        self._shared_seed = shared[0]
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._batches.begin(0 if _skips_by_loading(runner) else runner.iter)
@@ -74,6 +88,8 @@ class IterationSeedHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         self._seed(runner, _FORWARD, runner.iter)
+        for layer in self._layers:
+            layer.iteration_seed = mixed_seed(self._shared_seed, _SHARED, runner.iter)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
@@ -86,6 +102,9 @@ class IterationSeedHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self._batches.remove()
         self._batches = None
+        for layer in self._layers:
+            layer.iteration_seed = None
+        self._layers = []
 
     @staticmethod
     def _seed(runner: Runner, purpose: int, iteration: int) -> None:

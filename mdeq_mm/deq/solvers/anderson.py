@@ -22,7 +22,7 @@ class Anderson(SecantSolver):
         damping (float): Mixing of f's value into the next iterate, in (0, 1].
         ridge (float): Added to the unit diagonal of the normal equations.
         history_dtype (str, optional): As of ``LimitedMemoryBroyden``.
-        check_every (int): Evaluations between two looks at the residuals.
+        check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
     """
 
     memory: int = 5

@@ -90,11 +90,15 @@ class Solver(Part):
         tol (float): Relative residual at which a sample counts as solved. 0 never stops early.
         check_every (int): Evaluations between two looks at whether all samples are done. On a
             GPU each look waits for the device. With ``tol=0`` there is none.
+        jitter (tuple[int, int], optional): In training, a forward pass draws its ``max_iter`` from
+            ``low`` to ``high``, as often up to ``max_iter`` as beyond it, so that f does not
+            tune itself to one number of evaluations. All processes draw alike.
     """
 
     max_iter: int = 30
     tol: float = 1e-3
     check_every: int = field(default=1, kw_only=True)
+    jitter: tuple[int, int] | None = field(default=None, kw_only=True)
 
     #: Whether the final state has ``inverse_transpose``, an estimate of the inverse Jacobian.
     learns_jacobian = False
@@ -104,6 +108,21 @@ class Solver(Part):
         check_int(name, 'max_iter', self.max_iter, minimum=1)
         check_number(name, 'tol', self.tol, low=0)
         check_int(name, 'check_every', self.check_every, minimum=1)
+        if self.jitter is not None:
+            _check_jitter(name, self.jitter, self.max_iter)
+
+    def drawn(self, generator: torch.Generator | None = None) -> 'Solver':
+        """The solver of one training pass: ``max_iter`` drawn by ``jitter``."""
+        if self.jitter is None:
+            return self
+        (low, high), middle = self.jitter, self.max_iter
+        side, place = torch.rand(2, generator=generator).tolist()
+        if side < 0.5 or high == middle:
+            high = middle
+        else:
+            low = middle + 1
+        max_iter = min(high, low + int(place * (high - low + 1)))
+        return self.replace(max_iter=max_iter, jitter=None)
 
     def init(self, z0: Tensor) -> Any:
         """The state of a solve that starts at ``z0`` (N, D)."""
@@ -134,6 +153,17 @@ class Solver(Part):
             return None
         tensors = {k: v[rows] for k, v in vars(state).items() if isinstance(v, Tensor)}
         return replace(state, **tensors)
+
+
+def _check_jitter(name: str, jitter: Any, max_iter: int) -> None:
+    pair = isinstance(jitter, tuple) and len(jitter) == 2
+    if not pair or not all(isinstance(n, int) and not isinstance(n, bool) for n in jitter):
+        raise ValueError(f'{name}: jitter must be two integers (low, high), got {jitter!r}.')
+    if not 1 <= jitter[0] <= max_iter <= jitter[1]:
+        raise ValueError(
+            f'{name}: jitter={jitter} must hold max_iter={max_iter} between its two ends, both at '
+            'least 1.'
+        )
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -24,7 +24,7 @@ class LimitedMemoryBroyden(SecantSolver):
         memory (int): Pairs kept. With ``memory >= max_iter`` this is textbook Broyden.
         history_dtype (str, optional): Keep the pairs in ``'bfloat16'`` or another dtype than the
             state's, for half the memory.
-        check_every (int): Evaluations between two looks at the residuals.
+        check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
     """
 
     def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:

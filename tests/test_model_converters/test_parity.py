@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 import mdeq_mm  # noqa: F401
 from mdeq_mm.deq.gradients import Gradient
-from mdeq_mm.deq.problem import pack, unpack
 from mdeq_mm.deq.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
 from mdeq_mm.registry import build_part
 
@@ -249,15 +248,10 @@ def camvid_function():
     image = image_module.open(sorted(CAMVID_IMAGES.iterdir())[8]).convert('RGB')
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float()
     pixels = ((pixels - 110) / 75)[:, :, 10:170, 8:232]
-    model = camvid_model()
-    injection = feature(model, pixels)
-    shapes = model.backbone._shapes(injection)
-    size = sum(c * h * w for c, h, w in shapes)
-
-    def f(z):
-        return pack(model.backbone.cell(unpack(z, shapes), injection))
-
-    return f, injection.new_zeros(1, size), model, pixels
+    model = camvid_model().eval()
+    with torch.no_grad():
+        problem = model.backbone.problem(pixels)
+    return problem, problem.start, model, pixels
 
 
 @needs(CAMVID)

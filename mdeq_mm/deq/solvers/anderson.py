@@ -1,10 +1,9 @@
 """Anderson acceleration of the fixed-point iteration."""
 
-import torch
 from torch import Tensor
 
 from ...options import check_number, immutable
-from .secant import SecantSolver, SecantState, _project
+from .secant import SecantSolver, SecantState
 
 
 @immutable
@@ -25,9 +24,10 @@ class Anderson(SecantSolver):
         check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
     """
 
-    memory: int = 5
     damping: float = 1.0
     ridge: float = 1e-6
+
+    tests_with_steps = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,13 +38,8 @@ class Anderson(SecantSolver):
     def mixing(self) -> float:
         return self.damping
 
-    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
-        torch.sub(g, last_g, out=test)
-        torch.add(s, test, alpha=self.mixing, out=image)
-
-    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
+    def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
         used = state.used
-        products = _project(state.tests[:, :used], state.tests[:, slot])
-        products[:, slot] *= 1 + self.ridge
-        state.matrix[:, slot, :used] = products
-        state.matrix[:, :used, slot] = products
+        column[:, slot] *= 1 + self.ridge
+        state.matrix[:, slot, :used] = column
+        state.matrix[:, :used, slot] = column

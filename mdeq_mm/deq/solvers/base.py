@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...options import check_int, check_number, immutable
+from .products import at_least_float32, products_for
 
 Function = Callable[[Tensor], Tensor]
 
@@ -164,11 +165,6 @@ def _check_jitter(name: str, jitter: Any, max_iter: int) -> None:
             f'{name}: jitter={jitter} must hold max_iter={max_iter} between its two ends, both at '
             'least 1.'
         )
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and small systems beside states of ``dtype``."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass
@@ -347,14 +343,14 @@ def _iterate(
     # Large buffers are made once and used in turn: fresh memory costs more than the arithmetic.
     # The solver keeps one g while the next is written.
     g_buffers = (torch.empty_like(z), torch.empty_like(z))
+    products = products_for(z)
     for evaluation in range(len(record.trace) + 1, solver.max_iter + 1):
         # An alias: f may make it a leaf that requires grad, as an f that is itself a gradient does.
         fz = f(z.detach())
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
-        fz = fz.to(z.dtype)
-        g = torch.sub(fz, z, out=g_buffers[evaluation % 2])
-        outcome = record.update(_norm(g), _norm(fz))
+        g = g_buffers[evaluation % 2]
+        outcome = record.update(*products.residual(fz.to(z.dtype), z, g))
         del fz
         if outcome.all_improved:
             record.best, free = z, record.best
@@ -377,11 +373,6 @@ def _iterate(
 
 def _few(num_active: int | None, n: int) -> bool:
     return num_active is not None and 2 * num_active <= n
-
-
-def _norm(rows: Tensor) -> Tensor:
-    """(N, D) -> (N,) lengths, in at least float32."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=at_least_float32(rows.dtype))
 
 
 def _go_on_with_active(

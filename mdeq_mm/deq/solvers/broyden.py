@@ -1,10 +1,9 @@
 """Limited-memory Broyden's method in its compact form."""
 
-import torch
 from torch import Tensor
 
 from ...options import immutable
-from .secant import SecantSolver, SecantState, _project
+from .secant import SecantSolver, SecantState
 
 
 @immutable
@@ -27,14 +26,8 @@ class LimitedMemoryBroyden(SecantSolver):
         check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
     """
 
-    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
-        test.copy_(s)
-        torch.sub(g, last_g, out=image).add_(s)
-
-    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
-        used, tests = state.used, state.tests[:, slot : slot + 1]
-        before = state.projection[:, :used].clone()
-        before[:, slot] = _project(tests, state.g).squeeze(1)
+    def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
+        used = state.used
         # S'y in the column; in the row s'w, whose own entry the column then overwrites.
-        state.matrix[:, slot, :used] = _project(state.images[:, :used], tests.squeeze(1))
-        state.matrix[:, :used, slot] = projection - before
+        state.matrix[:, slot, :used] = state.rows[:, :used]
+        state.matrix[:, :used, slot] = column

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...options import check_choice, check_int, immutable
-from .base import Solver, at_least_float32
+from .base import Solver
+from .products import Products, at_least_float32, combination, products_for, project
 
 
 @dataclass
@@ -27,8 +28,9 @@ class SecantState:
         images: (N, m, D) the w of the same steps.
         norms: (N, m) lengths of the test vectors, 0 where a sample did not move.
         matrix: (N, m, m) the small system M.
-        projection: (N, m) ``T' g`` at the previous iterate.
+        rows: (N, m) products of the last step with the images.
         step: (N, D) where steps are written; what ``step`` of the solver returns.
+        products: What works on the long vectors.
         g: (N, D) value at the previous iterate.
         count: Steps seen so far.
     """
@@ -37,8 +39,9 @@ class SecantState:
     images: Tensor
     norms: Tensor
     matrix: Tensor
-    projection: Tensor
+    rows: Tensor
     step: Tensor
+    products: Products
     g: Tensor | None = None
     count: int = 0
 
@@ -75,27 +78,8 @@ class SecantState:
         used = self.used
         if not used:
             return -v
-        weights = self.weights(_project(self.images[:, :used], v), transpose=True)
-        return _combine(weights, self.tests[:, :used]).to(v.dtype) - v
-
-
-def _project(basis: Tensor, v: Tensor) -> Tensor:
-    """(N, k, D), (N, D) -> (N, k) inner products, in at least float32.
-
-    The vector stands on the left: on a CPU the product then runs at the speed of memory, four
-    times faster than with the vector on the right.
-    """
-    if basis.dtype == torch.float16:
-        # A sum of squares overflows in float16 from some 65,000 values on.
-        columns = [(column.float() * v.float()).sum(dim=1) for column in basis.unbind(1)]
-        return torch.stack(columns, dim=1).to(at_least_float32(v.dtype))
-    products = torch.bmm(v.to(basis.dtype).unsqueeze(1), basis.mT).squeeze(1)
-    return products.to(at_least_float32(v.dtype))
-
-
-def _combine(weights: Tensor, basis: Tensor) -> Tensor:
-    """(N, k), (N, k, D) -> (N, D) in the dtype of the weights."""
-    return torch.bmm(weights.to(basis.dtype).unsqueeze(1), basis).squeeze(1).to(weights.dtype)
+        weights = self.weights(project(self.images[:, :used], v[:, None])[:, 0], transpose=True)
+        return combination(weights, self.tests[:, :used]).to(v.dtype) - v
 
 
 def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
@@ -120,14 +104,16 @@ def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
 class SecantSolver(Solver):
     """Base of the methods that learn the Jacobian from the last ``memory`` steps.
 
-    Costs per evaluation of f three passes (Broyden) or two (Anderson) over ``memory`` states,
-    and nothing quadratic in ``memory`` times D. Memory: two states a remembered step.
+    Costs per evaluation of f one pass over the test vectors and one over the images, and nothing
+    quadratic in ``memory`` times D. Memory: two states a remembered step.
     """
 
-    memory: int = 10
+    memory: int = 5
     history_dtype: str | None = field(default=None, kw_only=True)
 
     learns_jacobian = True
+    #: Whether the test vectors are the steps s, else they are the changes y.
+    tests_with_steps = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,8 +138,9 @@ class SecantSolver(Solver):
             images=z0.new_empty(n, m, d, dtype=dtype),
             norms=z0.new_zeros(n, m, **small),
             matrix=z0.new_zeros(n, m, m, **small),
-            projection=z0.new_zeros(n, m, **small),
+            rows=z0.new_zeros(n, m, **small),
             step=torch.empty_like(z0),
+            products=products_for(z0, dtype),
         )
 
     def step(self, state: SecantState, g: Tensor, last_step: Tensor | None) -> Tensor:
@@ -162,39 +149,38 @@ class SecantSolver(Solver):
             return torch.mul(g, self.mixing, out=state.step)
         slot = state.count % state.tests.shape[1]
         state.count += 1
-        used, test = state.used, state.tests[:, slot]
-        self.remember(test, state.images[:, slot], last_step, g, state.g)
-        state.norms[:, slot] = torch.linalg.vector_norm(test, dim=1, dtype=state.norms.dtype)
-        projection = _project(state.tests[:, :used], g)
-        self.update_matrix(state, slot, projection)
-        state.projection[:, :used] = projection
+        used = state.used
+        projection, column, state.norms[:, slot] = state.products.remember(
+            state.tests,
+            state.images,
+            slot,
+            used,
+            last_step,
+            g,
+            state.g,
+            self.mixing,
+            self.tests_with_steps,
+        )
+        self.update_matrix(state, slot, column)
         state.g = g
-        weights = state.weights(projection)
-        if not state.images.dtype == weights.dtype == g.dtype:
-            # A product takes one dtype, and the step is to have that of g.
-            combination = _combine(weights, state.images[:, :used])
-            return torch.sub(self.mixing * g, combination.to(g.dtype), out=state.step)
-        return torch.baddbmm(
-            g.unsqueeze(1),
-            weights.unsqueeze(1),
-            state.images[:, :used],
-            beta=self.mixing,
-            alpha=-1,
-            out=state.step.unsqueeze(1),
-        ).squeeze(1)
+        rows = state.products.combine(
+            state.images,
+            state.weights(projection),
+            g,
+            self.mixing,
+            state.step,
+            rows=self.tests_with_steps,
+        )
+        if rows is not None:
+            state.rows[:, :used] = rows
+        return state.step
 
-    def remember(self, test: Tensor, image: Tensor, s: Tensor, g: Tensor, last_g: Tensor) -> None:
-        """Write the pair of the last step, s and y = g - last_g, into its slot; all (N, D).
+    def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
+        """Renew row and column ``slot`` of the small system M.
 
         Args:
-            test (Tensor): Gets the test vector.
-            image (Tensor): Gets ``s + mixing y``.
-            s (Tensor): The step, zero for a sample that is frozen.
-            g (Tensor): Value after the step.
-            last_g (Tensor): Value before it.
+            state (SecantState): Its history holds the new pair already.
+            slot (int): Where that is.
+            column (Tensor): (N, used) T'y for the new y.
         """
-        raise NotImplementedError
-
-    def update_matrix(self, state: SecantState, slot: int, projection: Tensor) -> None:
-        """Renew row and column ``slot`` of the small system; ``projection`` is ``T' g``."""
         raise NotImplementedError

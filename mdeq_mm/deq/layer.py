@@ -202,7 +202,8 @@ class ImplicitLayer(nn.Module):
         """Whether this pass has a penalty."""
         if self.regularizer is None or not self.training:
             return False
-        return torch.rand((), generator=generator).item() < self.regularizer.probability
+        draw = torch.rand((), generator=generator, device='cpu')
+        return draw.item() < self.regularizer.probability
 
     def _generator(self) -> torch.Generator | None:
         if self.iteration_seed is None:

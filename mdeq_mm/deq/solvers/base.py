@@ -117,7 +117,7 @@ class Solver(Part):
         if self.jitter is None:
             return self
         (low, high), middle = self.jitter, self.max_iter
-        side, place = torch.rand(2, generator=generator).tolist()
+        side, place = torch.rand(2, generator=generator, device='cpu').tolist()
         if side < 0.5 or high == middle:
             high = middle
         else:

@@ -52,12 +52,20 @@ def installed_of(package: Package) -> list[str]:
 
 def can_import(module: str) -> bool:
     """Whether a top-level module can be found; it is not imported."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # an import hook refuses it; a stand-in without a spec
+        return False
+
+
+def has_openmmlab() -> bool:
+    """Whether any package that this one registers its parts with or builds them from is there."""
+    return any(can_import(package.module) for package in PACKAGES if package.required)
 
 
 def has_operators() -> bool:
     """Whether the installed mmcv holds its compiled operators; it is not imported."""
-    spec = importlib.util.find_spec('mmcv')
+    spec = importlib.util.find_spec('mmcv') if can_import('mmcv') else None
     folders = spec.submodule_search_locations if spec else None
     return any(next(Path(folder).glob('_ext*'), None) for folder in folders or ())
 
@@ -153,5 +161,6 @@ def check_stack() -> None:
     if problem:
         raise ImportError(
             'mdeq_mm cannot use this environment (python -m mdeq_mm.check lists it): '
-            f'{problem.what}. Mend it with: {problem.command}'
+            f'{problem.what}. Mend it with: {problem.command}',
+            name='mdeq_mm',
         )

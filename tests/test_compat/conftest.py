@@ -20,13 +20,6 @@ class Hide:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 sys.meta_path.insert(0, Hide())
-
-import importlib.util
-
-original = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: (
-    None if name in os.environ['HIDDEN'].split() else original(name, package)
-)
 """
 
 

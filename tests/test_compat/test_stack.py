@@ -171,8 +171,37 @@ def test_check_answers_where_the_package_cannot_be_imported(python_without, hidd
     assert 'Mend it with: pip ' in rest and hidden.split()[0] in rest
 
 
-def test_a_user_of_a_broken_environment_is_sent_to_the_check(python_without):
-    done = python_without('mmcv', '-c', 'import mdeq_mm')
+CORE_ALONE = """
+import sys
+import torch
+import mdeq_mm, mdeq_mm.options
+from mdeq_mm.deq.gradients import JacobianFreeGradient
+from mdeq_mm.deq.solvers import Anderson, solve
+
+# z = tanh(w z) + x, rowwise; the gradient of the sum of f(z*) at fixed z* is 1 for each x.
+w = torch.tensor(0.5, dtype=torch.float64)
+x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3).requires_grad_()
+f = lambda z: torch.tanh(w * z) + x
+solution = solve(f, torch.zeros(2, 3, dtype=torch.float64), Anderson(max_iter=50, tol=1e-12))
+assert (f(solution.z) - solution.z).abs().max() < 1e-10
+JacobianFreeGradient()(f, solution).sum().backward()
+assert torch.equal(x.grad, torch.ones_like(x))
+assert not [m for m in sys.modules if m.startswith(('mmengine', 'mmcv', 'mmseg', 'mmpretrain'))]
+print(mdeq_mm.deq.__name__)
+"""
+
+
+@pytest.mark.parametrize('hidden', ['mmengine mmcv', 'mmengine mmcv mmseg mmpretrain mmdet'])
+def test_the_core_works_where_no_openmmlab_package_is(python_without, hidden):
+    done = python_without(hidden, '-c', CORE_ALONE)
+    assert done.stdout == 'mdeq_mm.deq\n', done.stderr
+    done = python_without(f'{hidden} torch', '-c', 'import mdeq_mm.deq.solvers')
+    assert "No module named 'torch'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('module', ['mmengine', 'mmcv', 'torch', 'numpy'])
+def test_a_user_of_a_broken_environment_is_sent_to_the_check(python_without, module):
+    done = python_without(module, '-c', 'import mdeq_mm')
     last = done.stderr.splitlines()[-1]
     assert done.returncode and last.startswith('ImportError: ')
     assert 'python -m mdeq_mm.check' in last and 'Mend it with: pip' in last
@@ -188,6 +217,16 @@ def test_a_module_that_is_there_and_broken_is_named(python_without, tmp_path):
     done = python_without('', '-c', 'import mdeq_mm')
     assert done.returncode and 'libmade_up.so' in done.stderr.splitlines()[-1]
     assert 'python -m mdeq_mm.check' in done.stderr.splitlines()[-1]
+
+
+def test_a_check_by_assert_inside_a_package_is_one_sentence(python_without, tmp_path):
+    (tmp_path / 'mmcv').mkdir()
+    (tmp_path / 'mmcv/__init__.py').write_text("assert False, 'mmengine is too old'\n")
+    done = python_without('', '-c', 'import mdeq_mm')
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('ImportError: mdeq_mm cannot be imported (AssertionError: mmengine is')
+    done = python_without('', '-m', 'mdeq_mm.check')
+    assert done.returncode == 1 and not done.stderr and 'mmengine is too old' in done.stdout
 
 
 def test_the_check_is_content_with_this_environment():

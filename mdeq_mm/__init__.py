@@ -9,9 +9,13 @@ nor mmcv is installed it gives :mod:`mdeq_mm.deq` alone, which needs torch only.
 from . import check  # noqa: F401
 from .compat import allow_mm_globals, check_stack, has_openmmlab, mend_config_lookup
 from .model_index import register_models
+from .threads import bound_spinning
 from .version import __version__
 
 __all__ = ['__version__', 'register_models']
+
+# Before torch is loaded below.
+bound_spinning()
 
 if has_openmmlab():
     # First: a doubled or mixed stack fails in ways that do not name it.

@@ -20,6 +20,12 @@ define install_upstream
 endef
 UPSTREAM := PIP_CONSTRAINT='$(CURDIR)/requirements/upstream_constraints.txt'
 
+# OpenMP threads that wait for each other spin for a bounded time, as mdeq_mm/threads.py says, unless
+# the environment names a policy.
+ifeq ($(OMP_WAIT_POLICY)$(KMP_BLOCKTIME),)
+export GOMP_SPINCOUNT ?= 12000
+endif
+
 ifndef install_$(STACK)
 $(error STACK=$(STACK): want onedl or upstream)
 endif

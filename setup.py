@@ -45,7 +45,7 @@ class BuildWithMim(build_py):
         mim.mkdir(parents=True)
         for folder in ('configs', 'tools'):
             if (ROOT / folder).is_dir():
-                ignore = shutil.ignore_patterns('.*', '__pycache__', '*.pyc')
+                ignore = shutil.ignore_patterns('.*', '__pycache__', '*.pyc', '*.toml')
                 shutil.copytree(ROOT / folder, mim / folder, ignore=ignore)
         if (ROOT / 'model-index.yml').is_file():
             shutil.copy(ROOT / 'model-index.yml', mim)

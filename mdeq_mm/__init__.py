@@ -1,30 +1,36 @@
 """Multiscale Deep Equilibrium Models for OpenMMLab.
 
 Importing the package registers its backbone, neck, layers and hooks, so a config needs only
-``custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)``.
+``custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)``. Where neither mmengine
+nor mmcv is installed it gives :mod:`mdeq_mm.deq` alone, which needs torch only.
 """
 
-import sys
-
-from .compat import allow_mm_globals, check_stack, mend_config_lookup
+# Loaded before anything can fail: see mdeq_mm/check/__main__.py.
+from . import check  # noqa: F401
+from .compat import allow_mm_globals, check_stack, has_openmmlab, mend_config_lookup
 from .model_index import register_models
+from .threads import bound_spinning
 from .version import __version__
 
 __all__ = ['__version__', 'register_models']
 
-# Python imports a package before the module that -m names, and meanwhile says '-m' for the program.
-_ONLY_CHECKED = sys.argv[:1] == ['-m'] and any('mdeq_mm.check' in word for word in sys.orig_argv)
+# Before torch is loaded below.
+bound_spinning()
 
-# The check looks at what is there without it: it must answer where none of this can be imported.
-if not _ONLY_CHECKED:
+if has_openmmlab():
     # First: a doubled or mixed stack fails in ways that do not name it.
     check_stack()
-    try:
+try:
+    if has_openmmlab():
         from . import hooks, layers, models, registry  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'mdeq_mm cannot be imported, {error}: "python -m mdeq_mm.check" says what of its '
-            'environment is missing or broken'
-        ) from error
-    allow_mm_globals()
-    mend_config_lookup()
+
+        allow_mm_globals()
+        mend_config_lookup()
+    else:
+        from . import deq  # noqa: F401
+except Exception as error:  # a package that does not fit may raise anything
+    raise ImportError(
+        f'mdeq_mm cannot be imported ({type(error).__name__}: {error}): "python -m mdeq_mm.check" '
+        'says what of its environment is missing or broken',
+        name=__name__,
+    ) from error

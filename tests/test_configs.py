@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
-import mdeq_mm  # noqa: F401
+from mdeq_mm.apis import check_scales
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -137,8 +137,8 @@ def test_knobs_are_reached_from_the_command_line():
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_neck_and_heads_fit_the_scales_of_the_backbone(name, load_tool):
-    load_tool('_common').check_scales(load(name).model)
+def test_neck_and_heads_fit_the_scales_of_the_backbone(name):
+    check_scales(load(name).model)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_neck_and_heads_fit_the_scales_of_the_backbone(name, load_tool):
         ),
     ],
 )
-def test_scales_that_disagree_are_named_before_anything_is_built(name, options, words, load_tool):
+def test_scales_that_disagree_are_named_before_anything_is_built(name, options, words):
     cfg = load(name)
     cfg.merge_from_dict(options)
     with pytest.raises(ValueError) as error:
-        load_tool('_common').check_scales(cfg.model)
+        check_scales(cfg.model)
     assert all(word in str(error.value) for word in words), error.value

@@ -5,9 +5,9 @@ run them on small data.
 """
 
 import argparse
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,14 +73,10 @@ def parse(monkeypatch):
         raise Parsed(original(self, args, namespace))
 
     def run(path, arguments):
-        monkeypatch.syspath_prepend(str(path.parent))
-        monkeypatch.setattr(sys, 'argv', [str(path), *arguments])
-        spec = importlib.util.spec_from_file_location(f'doc_{path.stem}', path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+            patch.setattr(sys, 'argv', [str(path), *arguments])
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
-            getattr(module, 'parse_args', module.main)()
+            runpy.run_path(str(path), run_name='__main__')
         return found.value.args[0]
 
     return run

@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, init_default_sco
 from torch.overrides import TorchFunctionMode
 
 import mdeq_mm  # noqa: F401
+from tools import train
 
 from .mini_datasets import write_cityscapes
 
@@ -118,12 +119,7 @@ def test_nothing_augments_where_the_page_says_so():
                 assert np.array_equal(transform(dict(img=picture))['img'], picture)
 
 
-@pytest.fixture
-def train(load_tool):
-    return load_tool('train')
-
-
-def test_a_command_of_the_page_trains(train, tmp_path, monkeypatch):
+def test_a_command_of_the_page_trains(tmp_path, monkeypatch):
     pytest.importorskip('mmseg')
     pytest.importorskip('mmpretrain')
     *setting, classifier, segmentor = BLOCKS[0].strip().splitlines()

@@ -10,6 +10,8 @@ from mmengine.structures import BaseDataElement, PixelData
 
 import mdeq_mm  # noqa: F401
 from mdeq_mm.models import PresentClasses
+from tools import test, train
+from tools.dataset_converters import digit_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS = (8, 8, 8)
@@ -173,11 +175,11 @@ def test_joint_head_wants_samples_to_predict(mmseg_scope):
         model(torch.randn(1, 3, 32, 32), mode='predict')
 
 
-def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path):
+def test_training_reports_the_metrics_of_both_tasks(tmp_path):
     pytest.importorskip('mmseg')
     pytest.importorskip('mmpretrain')
     scenes = tmp_path / 'digit_scenes'
-    load_tool('dataset_converters/digit_scenes').build(scenes, num_train=8, num_val=4, size=64)
+    digit_scenes.build(scenes, num_train=8, num_val=4, size=64)
     options = [
         f'data_root={scenes}',
         'crop_size=(64,64)',
@@ -199,7 +201,7 @@ def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path):
     ]
     config = str(ROOT / 'configs/mdeq_demo_multitask.py')
     flags = ['--work-dir', str(tmp_path / 'work'), '--cfg-options', *options]
-    runner = load_tool('train').main([config, *flags])
+    runner = train.main([config, *flags])
     scalars = runner.message_hub.log_scalars
     for name in ('train/seg.loss_ce', 'train/cls.loss'):
         losses, _ = scalars[name].data
@@ -211,6 +213,6 @@ def test_training_reports_the_metrics_of_both_tasks(load_tool, tmp_path):
     assert all(0 <= value <= 100 for value in evaluation.values())
     assert evaluation['val/deq_nfe'] == 3
 
-    _, metrics = load_tool('test').main([config, str(tmp_path / 'work/iter_4.pth'), *flags])
+    _, metrics = test.main([config, str(tmp_path / 'work/iter_4.pth'), *flags])
     for name in ('mIoU', 'multi-label/mAP'):
         assert metrics[name] == pytest.approx(evaluation[name], abs=0.01)

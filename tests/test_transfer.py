@@ -10,13 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 import mdeq_mm  # noqa: F401
+from tools import train
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def train(load_tool):
-    return load_tool('train')
 
 
 def build(cfg):
@@ -37,7 +33,7 @@ def documented_command(checkpoint):
     return shlex.split(line)[2:]
 
 
-def test_the_documented_command_moves_every_tensor_of_the_backbone(train, tmp_path, monkeypatch):
+def test_the_documented_command_moves_every_tensor_of_the_backbone(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     classifier = build(Config.fromfile('configs/mdeq_small_imagenet.py'))
     classifier.init_weights()
@@ -49,7 +45,7 @@ def test_the_documented_command_moves_every_tensor_of_the_backbone(train, tmp_pa
     torch.save(dict(state_dict=classifier.state_dict(), meta={}), checkpoint)
 
     args = train.parse_args(documented_command(checkpoint))
-    cfg = train.load_config(args)
+    cfg = train.load_config(args.config)
     assert cfg.model.backbone.get('init_cfg') is None
     train.apply_flags(cfg, args)
     segmentor = build(cfg)

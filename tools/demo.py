@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train
+
 import numpy as np
 import torch
-import train
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.dataset import pseudo_collate

@@ -1,10 +1,11 @@
 """Evaluate a checkpoint by a config of mmsegmentation or mmpretrain."""
 
 import argparse
+import os
 from copy import deepcopy
 
-from _common import (
-    add_shared_arguments,
+from mdeq_mm.apis import (
+    add_run_arguments,
     build_runner,
     check_checkpoint,
     check_data,
@@ -16,6 +17,7 @@ from _common import (
     one_line_errors,
     set_dataloader_defaults,
 )
+
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
@@ -54,8 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='test-time augmentation by tta_pipeline and tta_model of the config; '
         'classification without them averages over a flip',
     )
-    add_shared_arguments(parser)
-    return parser.parse_args(argv)
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
 
 
 def check_flags(cfg: Config, args: argparse.Namespace) -> None:
@@ -139,7 +143,7 @@ def prepare(args: argparse.Namespace) -> Config:
         FileNotFoundError: If the config, the checkpoint or the data set is missing.
         ValueError: If a flag does not fit the config.
     """
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.work_dir, args.launcher)
     check_flags(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.amp:
@@ -148,7 +152,7 @@ def prepare(args: argparse.Namespace) -> Config:
         set_painting(cfg, args)
     if args.out and cfg.default_scope == 'mmseg':
         set_map_folder(cfg, args.out)
-    set_dataloader_defaults(cfg, args)
+    set_dataloader_defaults(cfg, not args.no_pin_memory)
     merge_options(cfg, args.cfg_options)
     check_scales(cfg.model)
     # After the options: they name the parts of the model as the config has them.

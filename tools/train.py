@@ -1,14 +1,15 @@
 """Train a model from a config of mmsegmentation or mmpretrain."""
 
 import argparse
+import os
 
-from _common import (
-    add_shared_arguments,
+from mdeq_mm.apis import (
+    add_run_arguments,
     build_runner,
     check_checkpoint,
     check_data,
     check_scales,
-    find_whole_checkpoint,
+    find_resumable_checkpoint,
     fit_to_machine,
     leave_process_group,
     load_config,
@@ -17,6 +18,7 @@ from _common import (
     pretrained_files,
     set_dataloader_defaults,
 )
+
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 from mmengine.runner import Runner
@@ -45,8 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='turn off persistent_workers of the data loaders',
     )
-    add_shared_arguments(parser)
-    return parser.parse_args(argv)
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
 
 
 def enable_amp(cfg: Config) -> None:
@@ -80,7 +84,7 @@ def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
                 f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size; add it'
             )
         cfg.auto_scale_lr.enable = True
-    set_dataloader_defaults(cfg, args)
+    set_dataloader_defaults(cfg, not args.no_pin_memory, not args.no_persistent_workers)
     merge_options(cfg, args.cfg_options)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -93,11 +97,11 @@ def prepare(args: argparse.Namespace) -> Config:
         FileNotFoundError: If the config, a checkpoint or a data set is missing.
         ValueError: If a flag does not fit the config.
     """
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.work_dir, args.launcher)
     apply_flags(cfg, args)
     fit_to_machine(cfg)
     if cfg.get('resume') and cfg.get('load_from') is None:
-        cfg.load_from = find_whole_checkpoint(cfg.work_dir)
+        cfg.load_from = find_resumable_checkpoint(cfg.work_dir)
         # With nothing there to go on from, training starts at the beginning.
         cfg.resume = cfg.load_from is not None
     else:

@@ -3,7 +3,6 @@
 Nothing here comes from ``mdeq_mm``, so that agreement with it means something.
 """
 
-import importlib.util
 from collections import OrderedDict
 from pathlib import Path
 from typing import Dict, List, Mapping, Sequence
@@ -16,15 +15,6 @@ from mmseg.registry import MODELS as SEGMENTORS
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
-CONVERTER = ROOT / 'tools' / 'model_converters' / 'mdeq_to_mm.py'
-
-
-def load_converter():
-    """The converter's module, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location('mdeq_to_mm', CONVERTER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def random_checkpoint(

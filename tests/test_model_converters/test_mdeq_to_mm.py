@@ -13,19 +13,17 @@ from mmengine.runner import load_checkpoint
 from torch.nn.utils import parametrize
 
 import mdeq_mm  # noqa: F401
+from tools.model_converters import mdeq_to_mm as converter
 
 from .official import (
-    CONVERTER,
     ROOT,
     OfficialNet,
     backbone_cfg,
     build_classifier,
     build_segmentor,
-    load_converter,
     random_checkpoint,
 )
 
-converter = load_converter()
 SOLVER = dict(type='FixedPointIteration', max_iter=2)
 TASKS = ('classification', 'segmentation')
 CHANNELS = dict(classification=(8, 16), segmentation=(8, 8, 16, 24))
@@ -381,7 +379,7 @@ def test_an_unwritable_target_is_an_error(tmp_path, capsys):
 
 def test_a_missing_source_is_one_line_from_the_command(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(CONVERTER), str(tmp_path / 'none.pth'), str(tmp_path / 'mm.pth')],
+        [sys.executable, converter.__file__, str(tmp_path / 'none.pth'), str(tmp_path / 'mm.pth')],
         capture_output=True,
         text=True,
         env={**os.environ, 'PYTHONPATH': str(ROOT)},

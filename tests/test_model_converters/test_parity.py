@@ -9,6 +9,7 @@ import mdeq_mm  # noqa: F401
 from mdeq_mm.deq.gradients import Gradient
 from mdeq_mm.deq.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
 from mdeq_mm.registry import build_part
+from tools.model_converters import mdeq_to_mm as converter
 
 from .official import (
     ROOT,
@@ -16,11 +17,9 @@ from .official import (
     backbone_cfg,
     build_classifier,
     build_segmentor,
-    load_converter,
     random_checkpoint,
 )
 
-converter = load_converter()
 SHARED = ROOT.parent / 'shared'
 DIGITS = SHARED / 'reference' / 'mdeq_tiny_digits.pkl'
 DIGITS_EXPECTED = SHARED / 'reference' / 'mdeq_tiny_digits_expected.pth'

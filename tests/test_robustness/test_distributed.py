@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tools import test, train
+
 from ..mini_datasets import write_cityscapes, write_class_folders
 from .distributed_parts import GRADIENTS, work
 
@@ -165,9 +167,9 @@ def task(request, tmp_path_factory):
     return task
 
 
-def test_two_processes_train_as_one_does(task, load_tool):
+def test_two_processes_train_as_one_does(task):
     """Loss curve, gradients, weights, logged solver statistics, metric of the validation."""
-    load_tool('train').main([str(task.config), *task.flags('single', 2 * task.batch_size)])
+    train.main([str(task.config), *task.flags('single', 2 * task.batch_size)])
     single = task.record('single', 0)
     pair = [task.record('the pair', rank) for rank in (0, 1)]
     assert [run['wrapped'] for run in (*pair, single)] == [True, True, False]
@@ -196,13 +198,13 @@ def test_two_processes_train_as_one_does(task, load_tool):
     assert together == alone and len(alone) == 1
 
 
-def test_two_processes_evaluate_as_one_does(task, load_tool):
+def test_two_processes_evaluate_as_one_does(task):
     """The data sets are of odd size: the sampler repeats a picture, which must not count."""
     flags = task.flags('test', task.batch_size)
     out = launch('dist_test.sh', task.folder, task.config, task.checkpoint, 2, *flags)
     (together,) = re.findall(rf'\(test\).* {task.metric}: (\d+\.\d+)', out)
     flags = task.flags('test_single', task.batch_size)
-    _, metrics = load_tool('test').main([str(task.config), str(task.checkpoint), *flags])
+    _, metrics = test.main([str(task.config), str(task.checkpoint), *flags])
     assert 0 < metrics[task.metric] < 100
     assert float(together) == pytest.approx(metrics[task.metric], abs=1e-4)
 

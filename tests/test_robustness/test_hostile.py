@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+
+import tools.test
+import tools.train
+from tools.analysis_tools import accuracy_vs_nfe, inference, plot_convergence
+from tools.model_converters import mdeq_to_mm
 
 from ..mini_datasets import write_cityscapes
 
@@ -97,8 +101,8 @@ def here(tmp_path, data, monkeypatch):
 
 
 @pytest.fixture
-def train(load_tool, here):
-    return load_tool('train').main
+def train(here):
+    return tools.train.main
 
 
 def pretrained(path):
@@ -129,50 +133,46 @@ def test_pretrained_weights_that_would_run_code_are_refused(train, here, zipped,
 
 
 # Every tool that loads a checkpoint, but the converter, which returns its error.
-LOADERS = dict(
-    train=['seg.py', '--cfg-options', 'load_from=evil.pth'],
-    test=['seg.py', 'evil.pth'],
-    inference=['picture.png', 'seg.py', 'evil.pth'],
-    plot_convergence=['seg.py', 'evil.pth'],
-    accuracy_vs_nfe=['seg.py', 'evil.pth'],
-)
+LOADERS = {
+    tools.train: ['seg.py', '--cfg-options', 'load_from=evil.pth'],
+    tools.test: ['seg.py', 'evil.pth'],
+    inference: ['picture.png', 'seg.py', 'evil.pth'],
+    plot_convergence: ['seg.py', 'evil.pth'],
+    accuracy_vs_nfe: ['seg.py', 'evil.pth'],
+}
 
 
 def test_every_tool_that_takes_a_checkpoint_is_tried():
     """A tool that begins to load files has to come into the list above."""
     scripts = [p for p in (ROOT / 'tools').rglob('*.py') if not p.name.startswith('_')]
     loading = {p.stem for p in scripts if re.search('checkpoint', p.read_text(), re.IGNORECASE)}
-    assert loading == {*LOADERS, 'mdeq_to_mm'}
+    tried = {Path(tool.__file__).stem for tool in (*LOADERS, mdeq_to_mm)}
+    assert loading == tried
 
 
 @pytest.mark.parametrize('place', ['state_dict', 'meta', 'optimizer'])
 @pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize('tool', LOADERS)
-def test_a_payload_is_refused_by_every_tool(load_tool, here, monkeypatch, tool, zipped, place):
+@pytest.mark.parametrize('tool', LOADERS, ids=lambda tool: tool.__name__)
+def test_a_payload_is_refused_by_every_tool(here, tool, zipped, place):
     content = {'state_dict': dict(weight=torch.ones(1)), place: Payload(here / 'executed')}
     torch.save(content, here / 'evil.pth', _use_new_zipfile_serialization=zipped)
     cv2.imwrite(str(here / 'picture.png'), np.zeros((32, 64, 3), np.uint8))
-    folder = '' if tool in ('train', 'test') else 'analysis_tools/'
-    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *LOADERS[tool]])
     with pytest.raises(SystemExit, match='evil.pth.* was refused: it names .*mkdir'):
-        load_tool(f'{folder}{tool}').main()
+        tool.main(LOADERS[tool])
     assert not (here / 'executed').exists() and not (here / 'work_dirs').exists()
 
 
-def test_a_payload_under_the_key_of_a_weight_is_refused_by_the_converter(load_tool, here, capsys):
+def test_a_payload_under_the_key_of_a_weight_is_refused_by_the_converter(here, capsys):
     state_dict = {'stage0.weight': torch.ones(1), 'conv1.weight': Payload(here / 'executed')}
     torch.save(state_dict, here / 'evil.pth')
-    convert = load_tool('model_converters/mdeq_to_mm').main
-    assert convert(['evil.pth', 'out.pth']) == 1
+    assert mdeq_to_mm.main(['evil.pth', 'out.pth']) == 1
     message = capsys.readouterr().err
     assert 'evil.pth' in message and 'mkdir' in message and 'Nothing was written' in message
     assert not (here / 'executed').exists() and not (here / 'out.pth').exists()
 
 
 @pytest.mark.parametrize('share', [0.0, 0.3, 0.99])
-def test_truncated_checkpoints_are_named_and_stay_as_they_are(
-    train, load_tool, here, share, capsys
-):
+def test_truncated_checkpoints_are_named_and_stay_as_they_are(train, here, share, capsys):
     runner = train(['seg.py', '--work-dir', 'work'])
     whole, broken = here / 'work/iter_1.pth', here / 'broken.pth'
     cut(whole, broken, share)
@@ -180,7 +180,7 @@ def test_truncated_checkpoints_are_named_and_stay_as_they_are(
     for argv in (['--resume', 'broken.pth'], ['--cfg-options', 'load_from=broken.pth']):
         with pytest.raises(SystemExit, match='broken.pth.*not a checkpoint'):
             train(['seg.py', *argv])
-    assert load_tool('model_converters/mdeq_to_mm').main(['broken.pth', 'out.pth']) == 1
+    assert mdeq_to_mm.main(['broken.pth', 'out.pth']) == 1
     assert 'broken.pth' in capsys.readouterr().err
     assert broken.read_bytes() == before and not (here / 'out.pth').exists()
     assert runner.iter == 1
@@ -285,11 +285,11 @@ def test_a_missing_label_is_named(train, here):
         train(['seg.py'])
 
 
-def test_a_config_is_code_and_says_so_by_failing_where_it_is_wrong(here, load_tool):
+def test_a_config_is_code_and_says_so_by_failing_where_it_is_wrong(here):
     """A misspelt base is an error of the config's own name, not of a data set."""
     (here / 'child.py').write_text("_base_ = './sge.py'\n")
     with pytest.raises((FileNotFoundError, SystemExit), match='sge.py'):
-        load_tool('train').main(['child.py'])
+        tools.train.main(['child.py'])
     assert Config.fromfile('seg.py').model.backbone.type == 'MDEQBackbone'
 
 

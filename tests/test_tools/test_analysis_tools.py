@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdeq_mm.apis import build_model, load_config, load_model
+from tools.analysis_tools import accuracy_vs_nfe, get_flops, inference, plot_convergence
 
 from ..mini_datasets import write_cityscapes, write_class_folders
 
@@ -52,15 +58,10 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def helpers(load_tool):
-    return load_tool('analysis_tools/_model')
-
-
-def save_checkpoint(helpers, config, **meta):
+def save_checkpoint(config, **meta):
     """Random weights as a checkpoint of MM."""
     torch.manual_seed(0)
-    model = helpers.build_model(Config.fromfile(config))
+    model = build_model(Config.fromfile(config))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), 'random.pth')
     return 'random.pth'
 
@@ -77,11 +78,10 @@ def run(name, *arguments):
 
 
 class TestPlotConvergence:
-    def test_residuals_are_those_of_the_solver(self, load_tool, helpers, tiny):
-        plot = load_tool('analysis_tools/plot_convergence')
-        weights = save_checkpoint(helpers, 'cls.py')
+    def test_residuals_are_those_of_the_solver(self, tiny):
+        weights = save_checkpoint('cls.py')
         flags = ['--batches', '2', '--nfe', '6', '--out', 'pictures/a.png']
-        result = plot.main(['cls.py', weights, *flags])
+        result = plot_convergence.main(['cls.py', weights, *flags])
         assert set(result) == {'Broyden', 'Anderson', 'plain iteration'}
         assert np.shape(result['Broyden']['mean']) == (6, 3)
         assert cv2.imread('pictures/a.png').std() > 10
@@ -90,21 +90,19 @@ class TestPlotConvergence:
         assert written['shapes'] == [[8, 16, 16], [8, 8, 8]]
 
         # The first batch alone, by the backbone's own solve.
-        args = plot.parse_args(['cls.py', weights])
-        cfg = helpers.read_config(args)
+        cfg = load_config('cls.py')
         cfg.model.backbone.solver.update(type='Anderson', max_iter=4, tol=0, memory=10)
-        model = helpers.load_model(cfg, weights, 'cpu')
-        loader = plot.Runner.build_dataloader(cfg.test_dataloader, seed=0)
+        model = load_model(cfg, weights, 'cpu')
+        loader = Runner.build_dataloader(cfg.test_dataloader, seed=0)
         model.test_step(next(iter(loader)))
         best = model.backbone.implicit.forward_stats.residual.mean()
-        one = plot.main(['cls.py', weights, '--batches', '1', '--nfe', '4'])['Anderson']
+        one = plot_convergence.main(['cls.py', weights, '--batches', '1', '--nfe', '4'])['Anderson']
         assert one['mean'] == one['low'] == one['high']
         assert best.item() == pytest.approx(min(row[0] for row in one['mean']), rel=1e-4)
 
-    def test_scales_add_up_to_the_whole(self, load_tool):
-        plot = load_tool('analysis_tools/plot_convergence')
+    def test_scales_add_up_to_the_whole(self):
         rows = []
-        recorder = plot.Recorder.__new__(plot.Recorder)
+        recorder = plot_convergence.Recorder.__new__(plot_convergence.Recorder)
         torch.nn.Module.__init__(recorder)
         recorder.shapes = [(1, 2, 2), (1, 1, 1)]
         recorder._recorded(lambda z: 2 * z + 1, rows)(torch.tensor([[0.0, 0, 0, 0, 1]]))
@@ -112,38 +110,35 @@ class TestPlotConvergence:
         wanted = [(8 / 13) ** 0.5, 1, 2 / 3]
         assert rows[0].tolist() == pytest.approx(wanted)
 
-    def test_segmentation_with_random_weights(self, load_tool, tiny):
-        plot = load_tool('analysis_tools/plot_convergence')
+    def test_segmentation_with_random_weights(self, tiny):
         options = ['--cfg-options', 'test_dataloader.num_workers=0']
-        result = plot.main(['seg.py', '--batches', '1', '--nfe', '3', *options])
+        result = plot_convergence.main(['seg.py', '--batches', '1', '--nfe', '3', *options])
         assert np.isfinite(result['plain iteration']['mean']).all()
         assert Path('work_dirs/convergence.png').is_file()
 
-    def test_wrong_arguments_are_one_line(self, load_tool, tiny, capsys):
+    def test_wrong_arguments_are_one_line(self, tiny, capsys):
         code, _, err = run('plot_convergence', 'no.py')
         assert code == 1 and 'no.py does not exist' in err and 'Traceback' not in err
         with pytest.raises(SystemExit):
-            load_tool('analysis_tools/plot_convergence').main(['cls.py', '--nfe', '0'])
+            plot_convergence.main(['cls.py', '--nfe', '0'])
         assert 'at least 1' in capsys.readouterr().err
 
 
 class TestAccuracyVsNFE:
-    def test_each_row_is_a_test_at_that_many_calls(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/accuracy_vs_nfe')
-        weights = save_checkpoint(helpers, 'seg.py')
+    def test_each_row_is_a_test_at_that_many_calls(self, tiny):
+        weights = save_checkpoint('seg.py')
         flags = ['--nfe', '1', '5', '--out', 'pictures/a.png']
         options = ['test_dataloader.num_workers=0', 'model.backbone.solver.tol=0']
-        rows = tool.main(['seg.py', weights, *flags, '--cfg-options', *options])
+        rows = accuracy_vs_nfe.main(['seg.py', weights, *flags, '--cfg-options', *options])
         assert [row['nfe'] for row in rows] == [row['deq_nfe'] for row in rows] == [1, 5]
         assert rows[1]['deq_residual'] < rows[0]['deq_residual']
         assert 'mIoU' in rows[0] and cv2.imread('pictures/a.png').std() > 10
         assert json.loads(Path('pictures/a.json').read_text()) == rows
 
-    def test_wrong_arguments_are_one_line(self, load_tool, helpers, tiny, capsys):
-        tool = load_tool('analysis_tools/accuracy_vs_nfe')
-        weights = save_checkpoint(helpers, 'seg.py')
+    def test_wrong_arguments_are_one_line(self, tiny, capsys):
+        weights = save_checkpoint('seg.py')
         with pytest.raises(SystemExit):
-            tool.main(['seg.py', weights, '--nfe', '0'])
+            accuracy_vs_nfe.main(['seg.py', weights, '--nfe', '0'])
         assert 'at least one call' in capsys.readouterr().err
         for config, options, words in (
             ('no.py', [], 'no.py does not exist'),
@@ -157,10 +152,9 @@ class TestAccuracyVsNFE:
 class TestInference:
     @pytest.mark.parametrize('config', ['cls.py', 'seg.py'])
     @pytest.mark.parametrize('flags', [[], ['--equilibrium', '2']], ids=['plain', 'equilibrium'])
-    def test_paints(self, load_tool, helpers, tiny, capsys, config, flags):
-        tool = load_tool('analysis_tools/inference')
-        weights = save_checkpoint(helpers, config)
-        tool.main(['picture.png', config, weights, '--out', 'out/a.png', *flags])
+    def test_paints(self, tiny, capsys, config, flags):
+        weights = save_checkpoint(config)
+        inference.main(['picture.png', config, weights, '--out', 'out/a.png', *flags])
         out = capsys.readouterr().out
         painted = cv2.imread('out/a.png')
         assert painted.std() > 10 and out.splitlines()[-1] == 'out/a.png'
@@ -170,62 +164,57 @@ class TestInference:
         elif not flags:
             assert painted.shape == (32, 48, 3)
 
-    def test_calls_are_those_that_were_asked_for(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/inference')
+    def test_calls_are_those_that_were_asked_for(self, tiny):
         cfg = Config.fromfile('cls.py')
-        model = helpers.load_model(cfg, save_checkpoint(helpers, 'cls.py'), 'cpu')
-        data = tool.prepare(cfg, 'picture.png', tool.read_picture('picture.png'))
+        model = load_model(cfg, save_checkpoint('cls.py'), 'cpu')
+        data = inference.prepare(cfg, 'picture.png', inference.read_picture('picture.png'))
         calls = []
         model.backbone.cell.register_forward_hook(lambda *_: calls.append(1))
-        found = tool.predict_by_calls(model, data, 0)
+        found = inference.predict_by_calls(model, data, 0)
         # 1, 2, 3 calls of the solver, and after each solve one more.
         assert len(found) == 3 and len(calls) == 1 + 2 + 3 + 3
         assert found[0][1] == pytest.approx(1)
-        last = tool.predict(model, data).pred_score
+        last = inference.predict(model, data).pred_score
         assert torch.equal(found[-1][0].pred_score, last)
         assert not torch.equal(found[0][0].pred_score, last)
 
-    def test_class_names_come_from_the_checkpoint(self, load_tool, helpers, tiny, capsys):
-        tool = load_tool('analysis_tools/inference')
+    def test_class_names_come_from_the_checkpoint(self, tiny, capsys):
         names = [f'digit {i}' for i in range(10)]
-        weights = save_checkpoint(helpers, 'cls.py', dataset_meta=dict(classes=names))
-        tool.main(['picture.png', 'cls.py', weights])
+        weights = save_checkpoint('cls.py', dataset_meta=dict(classes=names))
+        inference.main(['picture.png', 'cls.py', weights])
         assert 'digit' in capsys.readouterr().out
 
-    def test_classes_without_names_or_colours_are_painted(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/inference')
+    def test_classes_without_names_or_colours_are_painted(self, tiny):
         cfg = Config.fromfile('seg.py')
-        model = helpers.load_model(cfg, save_checkpoint(helpers, 'seg.py'), 'cpu')
+        model = load_model(cfg, save_checkpoint('seg.py'), 'cpu')
         assert model.dataset_meta['classes'][0] == 'road'
-        picture = tool.read_picture('picture.png')
-        sample = tool.predict(model, tool.prepare(cfg, 'picture.png', picture))
+        picture = inference.read_picture('picture.png')
+        sample = inference.predict(model, inference.prepare(cfg, 'picture.png', picture))
         model.dataset_meta = {}
-        first, again = (tool.overlay(model, picture, sample, 0.5, True) for _ in range(2))
+        first, again = (inference.overlay(model, picture, sample, 0.5, True) for _ in range(2))
         assert np.array_equal(first, again) and not np.array_equal(first, picture)
 
-    def test_an_array_data_set_has_its_colours_as_rgb(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/inference')
+    def test_an_array_data_set_has_its_colours_as_rgb(self, tiny):
         cfg = Config.fromfile(REPO / 'configs/mdeq_tiny_cifar10.py')
-        helpers.init_default_scope(cfg.default_scope)
-        picture = tool.read_picture('picture.png')
-        inputs = tool.prepare(cfg, 'picture.png', picture)['inputs'][0]
+        init_default_scope(cfg.default_scope)
+        picture = inference.read_picture('picture.png')
+        inputs = inference.prepare(cfg, 'picture.png', picture)['inputs'][0]
         assert np.array_equal(inputs.permute(1, 2, 0).numpy(), picture)
 
-    def test_weights_of_another_config_are_refused(self, load_tool, helpers, tiny):
-        weights = save_checkpoint(helpers, 'cls.py')
+    def test_weights_of_another_config_are_refused(self, tiny):
+        weights = save_checkpoint('cls.py')
         config = str(REPO / 'configs/mdeq_tiny_digits.py')
         with pytest.raises(SystemExit, match='is not of this config'):
-            load_tool('analysis_tools/inference').main(['picture.png', config, weights])
+            inference.main(['picture.png', config, weights])
 
-    def test_missing_picture(self, load_tool, tiny):
+    def test_missing_picture(self, tiny):
         with pytest.raises(SystemExit, match='none.png does not exist'):
-            load_tool('analysis_tools/inference').main(['none.png', 'cls.py', 'random.pth'])
+            inference.main(['none.png', 'cls.py', 'random.pth'])
 
 
 class TestGetFlops:
-    def test_counts_are_those_of_the_layers(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/get_flops')
-        cost = tool.main(['cls.py', '--shape', '16', '16'])
+    def test_counts_are_those_of_the_layers(self, tiny):
+        cost = get_flops.main(['cls.py', '--shape', '16', '16'])
         # Stem: two 3x3 convolutions at 16x16; this small net has no injection layer.
         assert cost.stem[1] == 2 * 256 * 9 * (3 * 8 + 8 * 8)
         full, half = 256, 64
@@ -234,36 +223,32 @@ class TestGetFlops:
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
         assert cost.call[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
-        parameters = sum(
-            p.numel() for p in helpers.build_model(Config.fromfile('cls.py')).parameters()
-        )
+        parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
         assert cost.total[1] == cost.stem[1] + 4 * cost.call[1] + cost.head[1]
 
-    def test_agrees_with_a_count_of_the_real_forward(self, load_tool, helpers, tiny):
-        tool = load_tool('analysis_tools/get_flops')
+    def test_agrees_with_a_count_of_the_real_forward(self, tiny):
         options = ['--cfg-options', 'model.backbone.solver.tol=0']
-        cost = tool.main(['seg.py', '--shape', '32', '64', *options])
+        cost = get_flops.main(['seg.py', '--shape', '32', '64', *options])
         cfg = Config.fromfile('seg.py')
         cfg.model.backbone.solver.update(type='FixedPointIteration', tol=0)
         cfg.model.backbone.solver.pop('memory')
         # The counter follows modules through autograd, which the other gradients' leaf disturbs.
         cfg.model.backbone.gradient = dict(type='JacobianFreeGradient')
-        model = helpers.build_model(cfg)
-        with tool.FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = build_model(cfg)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.rand(1, 3, 32, 64), mode='tensor')
         assert counter.get_total_flops() == cost.total[1]
 
-    def test_default_shape_and_unrolled_nets(self, load_tool, tiny, capsys):
-        tool = load_tool('analysis_tools/get_flops')
+    def test_default_shape_and_unrolled_nets(self, tiny, capsys):
         options = ['--cfg-options', 'model.backbone.unrolled_layers=5', 'crop_size=(32,64)']
-        assert tool.main(['seg.py', *options]).nfe == 5
+        assert get_flops.main(['seg.py', *options]).nfe == 5
         assert 'one picture of 32 x 64' in capsys.readouterr().out
 
-    def test_a_model_without_mdeq(self, load_tool, tiny):
+    def test_a_model_without_mdeq(self, tiny):
         pytest.importorskip('torchdiffeq')
         with pytest.raises(SystemExit, match='0 MDEQBackbone'):
-            load_tool('analysis_tools/get_flops').main([str(REPO / 'configs/node_cifar10.py')])
+            get_flops.main([str(REPO / 'configs/node_cifar10.py')])
 
 
 def test_benchmark_runs(tiny):

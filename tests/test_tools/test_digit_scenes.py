@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from tools.dataset_converters import digit_scenes as scenes
+
 SMALL = dict(num_train=6, num_val=4, size=64)
-
-
-@pytest.fixture
-def scenes(load_tool):
-    return load_tool('dataset_converters/digit_scenes')
 
 
 def digest(folder):
@@ -24,7 +21,7 @@ def read(folder, kind, split):
     return np.stack([cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in paths])
 
 
-def test_layout_shapes_and_label_range(scenes, tmp_path):
+def test_layout_shapes_and_label_range(tmp_path):
     assert scenes.build(tmp_path / 'out', **SMALL)
     for split, count in (('train', 6), ('val', 4)):
         pictures = read(tmp_path / 'out', 'images', split)
@@ -35,14 +32,14 @@ def test_layout_shapes_and_label_range(scenes, tmp_path):
         assert (labels != scenes.BACKGROUND).any(axis=(1, 2)).all()
 
 
-def test_every_class_occurs(scenes, tmp_path):
+def test_every_class_occurs(tmp_path):
     scenes.build(tmp_path / 'out', num_train=40, num_val=40, size=64)
     for split in ('train', 'val'):
         found = np.unique(read(tmp_path / 'out', 'annotations', split))
         assert found.tolist() == list(range(11))
 
 
-def test_same_seed_same_pictures_other_seed_others(scenes, tmp_path):
+def test_same_seed_same_pictures_other_seed_others(tmp_path):
     for name, seed in (('a', 3), ('b', 3), ('c', 4)):
         scenes.build(tmp_path / name, seed=seed, **SMALL)
     a, b, c = (digest(tmp_path / name) for name in 'abc')
@@ -50,7 +47,7 @@ def test_same_seed_same_pictures_other_seed_others(scenes, tmp_path):
     assert not {h for _, h in a} & {h for _, h in c}
 
 
-def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(scenes, tmp_path):
+def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(tmp_path):
     scenes.build(tmp_path / 'a', **SMALL)
     scenes.build(tmp_path / 'b', **{**SMALL, 'num_train': 9})
     for kind in ('images', 'annotations'):
@@ -58,7 +55,7 @@ def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes(scenes
         np.testing.assert_array_equal(a, b)
 
 
-def test_splits_share_no_digit_and_no_piece_of_a_photograph(scenes):
+def test_splits_share_no_digit_and_no_piece_of_a_photograph():
     train_digits, train_targets, train_photos = scenes.sources('train')
     val_digits, val_targets, val_photos = scenes.sources('val')
     data = load_digits()
@@ -71,7 +68,7 @@ def test_splits_share_no_digit_and_no_piece_of_a_photograph(scenes):
         assert train.shape[1] + val.shape[1] == 640
 
 
-def test_ink_is_brighter_than_the_brightest_photograph(scenes):
+def test_ink_is_brighter_than_the_brightest_photograph():
     """White paper is the hardest background; every digit still stands out from it."""
     digits, targets, photos = scenes.sources('train')
     white = [np.full_like(photo, 255) for photo in photos]
@@ -90,7 +87,7 @@ def test_ink_is_brighter_than_the_brightest_photograph(scenes):
     assert compared > 20
 
 
-def test_second_build_keeps_the_files_and_other_arguments_replace_them(scenes, tmp_path):
+def test_second_build_keeps_the_files_and_other_arguments_replace_them(tmp_path):
     out = tmp_path / 'out'
     assert scenes.build(out, **SMALL)
     picture = out / 'images' / 'train' / '00000.png'
@@ -102,7 +99,7 @@ def test_second_build_keeps_the_files_and_other_arguments_replace_them(scenes, t
     assert json.loads((out / 'manifest.json').read_text())['train'] == 2
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_whole(scenes, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     real, calls = scenes.make_scene, []
 
     def interrupted(*args):
@@ -119,7 +116,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(scenes, tmp_path, 
     assert scenes.build(tmp_path / 'out', **SMALL)
 
 
-def test_foreign_files_are_never_removed(scenes, tmp_path):
+def test_foreign_files_are_never_removed(tmp_path):
     (tmp_path / 'letter.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='remove it or name another'):
         scenes.build(tmp_path, **SMALL)
@@ -127,7 +124,7 @@ def test_foreign_files_are_never_removed(scenes, tmp_path):
 
 
 @pytest.mark.parametrize('wrong', [dict(num_train=0), dict(num_val=-1), dict(size=16)])
-def test_numbers_too_small_are_named(scenes, tmp_path, wrong):
+def test_numbers_too_small_are_named(tmp_path, wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f'{name}={value}'):
         scenes.build(tmp_path / 'out', **{**SMALL, **wrong})

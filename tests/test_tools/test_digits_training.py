@@ -1,9 +1,14 @@
 """Every gradient trains the digits network: whole trainings, some minutes each."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ..conftest import ROOT
+from tools import train
+from tools.dataset_converters import digits
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = f'_base_ = {str(ROOT / "configs/mdeq_tiny_digits.py")!r}\n'
 GRADIENT = 'model = dict(backbone=dict(gradient=dict(_delete_=True, type={!r})))\n'
@@ -22,14 +27,14 @@ NO_WARMUP = "custom_hooks = [dict(type='SolverStatsHook')]\n"
     ],
     ids=['implicit', 'truncated', 'jacobian-free', 'shared inverse', 'phantom without warm-up'],
 )
-def test_every_gradient_trains_the_digits(changes, load_tool, tmp_path):
+def test_every_gradient_trains_the_digits(changes, tmp_path):
     pytest.importorskip('mmpretrain')
     # The one test that is long enough for a second thread to pay.
     torch.set_num_threads(2)
-    load_tool('dataset_converters/digits').build(tmp_path / 'digits')
+    digits.build(tmp_path / 'digits')
     config = tmp_path / 'config.py'
     config.write_text(CONFIG + changes)
     options = [f'data_root={tmp_path / "digits"}', 'default_hooks.checkpoint.interval=100']
     flags = ['--work-dir', str(tmp_path / 'work'), '--cfg-options', *options]
-    runner = load_tool('train').main([str(config), *flags])
+    runner = train.main([str(config), *flags])
     assert runner.message_hub.get_scalar('val/accuracy/top1').current() >= 97

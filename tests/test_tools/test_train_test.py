@@ -14,6 +14,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mdeq_mm.apis import DATALOADERS, check_data
+from tools import test, train
+
 from ..mini_datasets import write_cityscapes, write_class_folders
 
 REPO = Path(__file__).resolve().parents[2]
@@ -190,8 +193,7 @@ def test_demo_trains_evaluates_and_paints(tmp_path):
     assert picture is not None and picture.std() > 10
 
 
-def test_resume_goes_on_where_the_checkpoint_ends(load_tool, tiny, seg_options):
-    train = load_tool('train')
+def test_resume_goes_on_where_the_checkpoint_ends(tiny, seg_options):
     first = train.main(['seg.py', *seg_options])
     assert first.iter == 2 and first.work_dir == str(tiny / 'work_dirs/seg')
     before = first.model.state_dict()['decode_head.conv_seg.weight'].clone()
@@ -208,20 +210,20 @@ def test_resume_goes_on_where_the_checkpoint_ends(load_tool, tiny, seg_options):
     assert (tiny / 'more/iter_3.pth').is_file() and not (tiny / 'more/iter_1.pth').exists()
 
 
-def test_sync_bn_runs_as_bn_on_one_process(load_tool, tiny, seg_options):
-    runner = load_tool('train').main(['seg.py', '--no-validate', *seg_options])
+def test_sync_bn_runs_as_bn_on_one_process(tiny, seg_options):
+    runner = train.main(['seg.py', '--no-validate', *seg_options])
     kinds = {type(m) for m in runner.model.modules()}
     assert torch.nn.SyncBatchNorm not in kinds
     assert runner.cfg.model.backbone.stem_norm_cfg.type == 'SyncBN'
 
 
 def test_no_validate_neither_validates_nor_wants_validation_data(
-    load_tool, tiny, tmp_path_factory, seg_options
+    tiny, tmp_path_factory, seg_options
 ):
     root = write_cityscapes(tmp_path_factory.mktemp('half') / 'cityscapes')
     (root / 'leftImg8bit/val').rename(root / 'elsewhere')
     options = [*seg_options, f'data_root={root}']
-    runner = load_tool('train').main(['seg.py', '--no-validate', *options])
+    runner = train.main(['seg.py', '--no-validate', *options])
     assert runner.iter == 2
     assert logged(runner.work_dir, 'mIoU') == []
 
@@ -238,15 +240,14 @@ def test_segmentation_outputs(tiny, seg_options, seg_checkpoint):
     assert len(painted) == 2
 
 
-def test_tta_averages_over_scales_and_flips(load_tool, tiny, seg_options, seg_checkpoint):
-    runner, _ = load_tool('test').main(['seg.py', seg_checkpoint, '--tta', *seg_options])
+def test_tta_averages_over_scales_and_flips(tiny, seg_options, seg_checkpoint):
+    runner, _ = test.main(['seg.py', seg_checkpoint, '--tta', *seg_options])
     assert type(runner.model).__name__ == 'SegTTAModel'
     views = runner.test_dataloader.dataset[0]['inputs']
     assert len(views) == 12 and len({v.shape for v in views}) == 6
 
 
-def test_classification_outputs(load_tool, tiny, cls_options):
-    train, test = load_tool('train'), load_tool('test')
+def test_classification_outputs(tiny, cls_options):
     runner = train.main(['cls.py', '--auto-scale-lr', *cls_options])
     # 20 pictures at 32 a batch, the rate of 10 a batch.
     assert runner.optim_wrapper.get_lr()['lr'][0] == pytest.approx(0.032)
@@ -265,8 +266,7 @@ def test_classification_outputs(load_tool, tiny, cls_options):
     assert len(list((tiny / 'shown').iterdir())) == 2
 
 
-def test_options_win_over_flags_and_reach_what_was_made_from_them(load_tool, tiny, seg_options):
-    train = load_tool('train')
+def test_options_win_over_flags_and_reach_what_was_made_from_them(tiny, seg_options):
     args = train.parse_args(
         [
             'seg.py',
@@ -290,19 +290,15 @@ def test_options_win_over_flags_and_reach_what_was_made_from_them(load_tool, tin
     assert len(roots) == 1 and roots != {'data/cityscapes/'}
 
 
-def test_an_option_for_one_place_wins_over_the_shared_name(load_tool, tiny, seg_options):
-    train = load_tool('train')
+def test_an_option_for_one_place_wins_over_the_shared_name(tiny, seg_options):
     own = 'train_dataloader.dataset.pipeline.3.crop_size=(16,16)'
     cfg = train.prepare(train.parse_args(['seg.py', *seg_options, own]))
     assert tuple(cfg.train_dataloader.dataset.pipeline[3].crop_size) == (16, 16)
     assert cfg.data_preprocessor['size'] == (32, 64)
 
 
-def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(
-    load_tool, tiny, seg_options, monkeypatch
-):
+def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(tiny, seg_options, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    train = load_tool('train')
     cfg = train.prepare(train.parse_args(['seg.py', '--launcher', 'pytorch', *seg_options]))
     assert cfg.env_cfg.dist_cfg.backend == 'gloo'
     assert cfg.model.backbone.stem_norm_cfg.type == 'BN'
@@ -325,40 +321,36 @@ def test_a_missing_file_is_one_line_and_an_error(tiny, command, message):
 
 
 @pytest.mark.parametrize('missing', ['', 'leftImg8bit/val', 'gtFine/train'])
-def test_missing_data_are_named_before_anything_is_built(
-    load_tool, tiny, tmp_path_factory, missing
-):
+def test_missing_data_are_named_before_anything_is_built(tiny, tmp_path_factory, missing):
     root = write_cityscapes(tmp_path_factory.mktemp('lacking') / 'cityscapes')
     (root / missing).rename(root.parent / 'moved')
-    train = load_tool('train')
     with pytest.raises(SystemExit, match='wants the folder') as error:
         train.main(['seg.py', '--cfg-options', f'data_root={root}'])
     assert str(root / missing) in str(error.value) and 'README' in str(error.value)
     assert not (tiny / 'work_dirs').exists()
 
 
-def test_data_sets_that_fetch_themselves_are_not_wanted_beforehand(load_tool, tiny):
-    common = load_tool('_common')
+def test_data_sets_that_fetch_themselves_are_not_wanted_beforehand(tiny):
     cfg = Config.fromfile(REPO / 'configs/_base_/datasets/cifar10.py')
     cfg.default_scope = 'mmpretrain'
-    common.check_data(cfg, common.DATALOADERS)
+    check_data(cfg, DATALOADERS)
     cfg.test_dataloader.dataset.download = False
     with pytest.raises(FileNotFoundError, match='test_dataloader wants the folder data/cifar10'):
-        common.check_data(cfg, common.DATALOADERS)
+        check_data(cfg, DATALOADERS)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(load_tool, tiny, seg_options):
+def test_a_checkpoint_that_would_run_code_is_refused(tiny, seg_options):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tiny / 'executed'),)
 
     torch.save(dict(state_dict=Payload()), tiny / 'evil.pth')
     for argv, tool in (
-        (['seg.py', 'evil.pth'], 'test'),
-        (['seg.py', '--resume', 'evil.pth'], 'train'),
+        (['seg.py', 'evil.pth'], test),
+        (['seg.py', '--resume', 'evil.pth'], train),
     ):
         with pytest.raises(SystemExit, match='evil.pth'):
-            load_tool(tool).main([*argv, *seg_options])
+            tool.main([*argv, *seg_options])
     assert not (tiny / 'executed').exists()
 
 
@@ -370,25 +362,24 @@ def test_a_checkpoint_that_would_run_code_is_refused(load_tool, tiny, seg_option
         ('cls.py', ['--show-dir', 'x', '--tta'], 'cannot paint with --tta'),
     ],
 )
-def test_flags_that_mean_nothing_are_refused(load_tool, tiny, config, flags, message):
+def test_flags_that_mean_nothing_are_refused(tiny, config, flags, message):
     with pytest.raises(SystemExit, match=message):
-        load_tool('test').main([config, 'none.pth', *flags])
+        test.main([config, 'none.pth', *flags])
 
 
-def test_outputs_of_another_scope_are_refused(load_tool, tiny):
+def test_outputs_of_another_scope_are_refused(tiny):
     (tiny / 'det.py').write_text("default_scope = 'mmdet'")
     with pytest.raises(SystemExit, match="--out: known for .* has 'mmdet'"):
-        load_tool('test').main(['det.py', 'none.pth', '--out', 'x.pkl'])
+        test.main(['det.py', 'none.pth', '--out', 'x.pkl'])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
-def test_amp_says_that_it_needs_a_gpu(load_tool, tiny):
+def test_amp_says_that_it_needs_a_gpu(tiny):
     with pytest.raises(SystemExit, match='--amp needs a GPU'):
-        load_tool('train').main(['seg.py', '--amp'])
+        train.main(['seg.py', '--amp'])
 
 
-def test_amp_exchanges_the_optimizer_wrapper(load_tool, tiny, seg_options, monkeypatch):
-    train = load_tool('train')
+def test_amp_exchanges_the_optimizer_wrapper(tiny, seg_options, monkeypatch):
     monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
     cfg = train.prepare(train.parse_args(['seg.py', '--amp', *seg_options]))
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'

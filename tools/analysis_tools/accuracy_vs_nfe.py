@@ -4,17 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
-from _model import (
-    add_arguments,
+from mdeq_mm.apis import (
+    add_cfg_options,
     build_runner,
     check_checkpoint,
     check_data,
     check_scales,
+    find_backbone,
     fit_to_machine,
+    load_config,
     one_line_errors,
-    read_config,
-    the_backbone,
 )
+
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -38,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default='work_dirs/accuracy_vs_nfe.png',
         help='picture; numbers go beside it, as .json (default: %(default)s)',
     )
-    add_arguments(parser, device=False)
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if min(args.nfe) < 1:
         parser.error(f'--nfe {min(args.nfe)}: at least one call of f')
@@ -52,7 +53,7 @@ def prepare(args: argparse.Namespace) -> Config:
         FileNotFoundError: If the config, the checkpoint or the data set is missing.
         ValueError: If the config describes no data or no equilibrium to test.
     """
-    cfg = read_config(args)
+    cfg = load_config(args.config, options=args.cfg_options)
     check_scales(cfg.model)
     fit_to_machine(cfg)
     check_checkpoint(args.checkpoint)
@@ -72,7 +73,7 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
     Raises:
         ValueError: If the model has no equilibrium, or several.
     """
-    implicit = the_backbone(runner.model).implicit
+    implicit = find_backbone(runner.model).implicit
     if implicit.unrolled_layers:
         raise ValueError(f'this net unrolls {implicit.unrolled_layers} layers; it solves nothing')
     implicit.eval()

@@ -29,6 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import mdeq_mm
+from mdeq_mm.deq.problem import pack, unpack
+from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
+from mdeq_mm.layers import reset_masks
+from mdeq_mm.models import MDEQBackbone
+
 import mmcv
 import mmengine
 import torch
@@ -36,12 +42,6 @@ from matplotlib.figure import Figure
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-import mdeq_mm
-from mdeq_mm.deq.problem import pack, unpack
-from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
-from mdeq_mm.layers import reset_masks
-from mdeq_mm.models import MDEQBackbone
 
 TINY = dict(channels=(24, 24), stem_strides=(1, 1))
 SMALL = dict(channels=(32, 64, 128, 256))

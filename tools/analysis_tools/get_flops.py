@@ -8,13 +8,13 @@ The solver may stop before max_iter, so the last number is an upper bound.
 import argparse
 from dataclasses import dataclass
 
+from mdeq_mm.apis import add_cfg_options, build_model, find_backbone, load_config, one_line_errors
+from mdeq_mm.deq.solvers.base import Function
+
 import torch
-from _model import add_arguments, build_model, one_line_errors, read_config, the_backbone
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
-
-from mdeq_mm.deq.solvers.base import Function
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=('H', 'W'),
         help="rows and columns of the picture (default: the config's crop_size, else 224 224)",
     )
-    add_arguments(parser, device=False)
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -98,7 +98,7 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
     Raises:
         ValueError: If the model has no MDEQ, or several.
     """
-    backbone = the_backbone(model)
+    backbone = find_backbone(model)
     implicit = backbone.implicit
     # Calls of the solver and one more; as many as there are layers where they are unrolled.
     nfe = implicit.unrolled_layers or implicit.current_solver.max_iter + 1
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> Cost:
     """
     args = parse_args(argv)
     with one_line_errors('get_flops.py'):
-        cfg = read_config(args)
+        cfg = load_config(args.config, options=args.cfg_options)
         with torch.device('meta'):
             model = build_model(cfg)
         shape = tuple(args.shape or cfg.get('crop_size') or (224, 224))

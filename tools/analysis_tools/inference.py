@@ -9,10 +9,18 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from mdeq_mm.apis import (
+    add_cfg_options,
+    add_device_argument,
+    find_backbone,
+    load_config,
+    load_model,
+    one_line_errors,
+)
+
 import mmcv
 import numpy as np
 import torch
-from _model import add_arguments, load_model, one_line_errors, read_config, the_backbone
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
@@ -40,7 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paint the prediction after each of so many calls of f (default: the config's)",
     )
     parser.add_argument('--opacity', type=float, default=0.6, help='of the painted classes')
-    add_arguments(parser)
+    add_cfg_options(parser)
+    add_device_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -84,7 +93,7 @@ def predict_by_calls(
         For each the prediction and the relative residual; None for an unrolled net, which
         measures none.
     """
-    implicit = the_backbone(model).implicit
+    implicit = find_backbone(model).implicit
     calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
@@ -224,11 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     with one_line_errors('inference.py'):
-        cfg = read_config(args)
+        cfg = load_config(args.config, options=args.cfg_options)
         picture = read_picture(args.img)
         model = load_model(cfg, args.checkpoint, args.device)
         if args.equilibrium is not None:
-            the_backbone(model)
+            find_backbone(model)
             if args.equilibrium < 0:
                 raise ValueError('--equilibrium CALLS must be at least 1')
     paint(model, picture, prepare(cfg, args.img, picture), args)

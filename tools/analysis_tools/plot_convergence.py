@@ -11,24 +11,25 @@ import json
 from itertools import islice
 from pathlib import Path
 
-import torch
-from _model import (
-    add_arguments,
+from mdeq_mm.apis import (
+    add_cfg_options,
+    add_device_argument,
     check_data,
+    find_backbone,
     fit_to_machine,
+    load_config,
     load_model,
     one_line_errors,
-    read_config,
-    the_backbone,
 )
+from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
+from mdeq_mm.deq.solvers.base import Function
+from mdeq_mm.models import MDEQBackbone
+
+import torch
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
-from mdeq_mm.deq.solvers.base import Function
-from mdeq_mm.models import MDEQBackbone
 
 COLOURS = {'Broyden': 'tab:blue', 'Anderson': 'tab:green', 'plain iteration': 'tab:orange'}
 
@@ -42,7 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--nfe', type=int, default=30, help='calls of f for each solver')
     parser.add_argument('--memory', type=int, default=10, help='steps Broyden and Anderson keep')
     parser.add_argument('--out', default='work_dirs/convergence.png', help='picture to write')
-    add_arguments(parser)
+    add_cfg_options(parser)
+    add_device_argument(parser)
     args = parser.parse_args(argv)
     if min(args.batches, args.nfe, args.memory) < 1:
         parser.error('--batches, --nfe and --memory must be at least 1')
@@ -117,11 +119,11 @@ def _relative(fz: Tensor, z: Tensor) -> Tensor:
 def record(args: argparse.Namespace) -> tuple[Recorder, float]:
     """Run the model on the test data; the residuals, and the tolerance the config asks for."""
     with one_line_errors('plot_convergence.py'):
-        cfg = read_config(args)
+        cfg = load_config(args.config, options=args.cfg_options)
         fit_to_machine(cfg)
         check_data(cfg, ('test_dataloader',))
         model = load_model(cfg, args.checkpoint, args.device)
-        backbone = the_backbone(model)
+        backbone = find_backbone(model)
     tol = backbone.implicit.current_solver.tol
     recorder = Recorder(backbone, make_solvers(args.nfe, args.memory))
     loader = Runner.build_dataloader(cfg.test_dataloader, seed=0)

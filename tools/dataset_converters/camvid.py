@@ -10,9 +10,10 @@ order of ``CLASSES`` and 255 for void.
 import argparse
 from pathlib import Path
 
+from mdeq_mm.apis import write_dataset
+
 import cv2
 import numpy as np
-from _folder import write_whole
 
 CLASSES = (
     'sky',
@@ -141,7 +142,7 @@ def build(source: str | Path, out_dir: str | Path, size: tuple[int, int] | None 
                 out = (kinds[0] / path.name, kinds[1] / path.name)
                 _convert(path, splits[split][1] / path.name, out, void, size)
 
-    return write_whole(Path(out_dir), manifest, write)
+    return write_dataset(Path(out_dir), manifest, write)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -12,9 +12,10 @@ layout: ``OUT/images/{train,val}/*.png`` and ``OUT/annotations/{train,val}/*.png
 import argparse
 from pathlib import Path
 
+from mdeq_mm.apis import write_dataset
+
 import cv2
 import numpy as np
-from _folder import write_whole
 from sklearn.datasets import load_digits, load_sample_image
 
 CLASSES = ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'background')
@@ -184,7 +185,7 @@ def build(
                 cv2.imwrite(str(folder / 'images' / split / name), picture)
                 cv2.imwrite(str(folder / 'annotations' / split / name), labels)
 
-    return write_whole(Path(out_dir), manifest, write)
+    return write_dataset(Path(out_dir), manifest, write)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ become grey levels 0 to 255. Digits whose index is divisible by 5 are the test s
 import argparse
 from pathlib import Path
 
+from mdeq_mm.apis import write_dataset
+
 import cv2
 import numpy as np
-from _folder import write_whole
 from sklearn.datasets import load_digits
 
 SIZE = 16
@@ -45,7 +46,7 @@ def build(out_dir: str | Path) -> bool:
             path = folder / split / str(target) / f'{index:04d}.png'
             cv2.imwrite(str(path), to_picture(digit))
 
-    return write_whole(Path(out_dir), dict(dataset='digits', version=1, size=SIZE), write)
+    return write_dataset(Path(out_dir), dict(dataset='digits', version=1, size=SIZE), write)
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from mdeq_mm.compat import UnsafeCheckpointError, verify_checkpoint
+from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
+
 import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
-
-from mdeq_mm.compat import UnsafeCheckpointError, verify_checkpoint
-from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
 
 # Official module -> module here; {i} and {j} stand for numbers. Read in both directions: forward
 # to convert, backward to name a missing key as the official file should have it.

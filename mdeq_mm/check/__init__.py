@@ -1,24 +1,22 @@
-"""``python -m mdeq_mm.check``: what is installed, doubled or missing, and what mends it.
+"""``python -m mdeq_mm.check``: what is installed, doubled or missing, and the command to fix it.
 
-It answers in a broken environment as well: the package leaves its own parts alone when Python
-imports it for this module.
+It answers in a broken environment as well, so nothing is imported here that could be missing.
 """
 
 import importlib
-import sys
-from typing import List, Optional, Tuple
 
-from .compat import (
+from ..compat import (
     PACKAGES,
     Package,
     can_import,
     find_problem,
+    has_openmmlab,
     has_operators,
     installed_of,
     installed_version,
     operators_command,
 )
-from .version import __version__
+from ..version import __version__
 
 # What needs the packages that the configs of this project use.
 _USED_FOR = {
@@ -45,7 +43,7 @@ def _state(package: Package) -> str:
     return found
 
 
-def table() -> List[str]:
+def table() -> list[str]:
     """A line for each package: its distribution and version, or that it is missing."""
     rows = [('mdeq_mm', __version__)]
     for name in ('torch', 'torchvision', 'numpy'):
@@ -54,7 +52,7 @@ def table() -> List[str]:
     return [f'{name:<12}{state}' for name, state in rows]
 
 
-def optional_commands() -> List[str]:
+def optional_commands() -> list[str]:
     """How to get what some configs need and this environment lacks."""
     lines = []
     upstream = any(not n.startswith('onedl-') for p in PACKAGES for n in installed_of(p))
@@ -73,15 +71,16 @@ def optional_commands() -> List[str]:
     return lines
 
 
-def import_error() -> Optional[Tuple[str, Exception]]:
+def import_error() -> tuple[str, Exception] | None:
     """The first module that cannot be imported though it is there, and what it says."""
     optional = [p.module for p in PACKAGES if not p.required and can_import(p.module)]
     parts = [f'mdeq_mm.{part}' for part in ('hooks', 'layers', 'models')]
     for module in ('numpy', 'torch', 'mmengine', 'mmcv', *parts, *optional):
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever it says of itself: versions are checked by assert
-            return module, error
+        except Exception as error:  # some check versions by assert
+            # What failed inside the package, rather than its advice to run this check.
+            return module, error.__cause__ or error if module in parts else error
     return None
 
 
@@ -94,7 +93,9 @@ def main() -> int:
     print('\n'.join(table()))
     problem = find_problem()
     if problem:
-        print(f'\n{problem.what[0].upper()}{problem.what[1:]}.\nMend it with: {problem.command}')
+        print(f'\n{problem.what}.\nMend it with: {problem.command}')
+        if not has_openmmlab() and can_import('torch'):
+            print('Without them mdeq_mm.deq works, the solvers and gradients for any f of torch.')
         return 1
     failed = import_error()
     if failed:
@@ -104,7 +105,3 @@ def main() -> int:
     for line in optional_commands():
         print(line)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Writing a data set's folder so that it is either whole or not there."""
+"""Writing a data set's folder so that it is either complete or not there."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ MANIFEST = 'manifest.json'
 
 
 def is_built(out_dir: Path, manifest: dict) -> bool:
-    """Tell whether ``out_dir`` holds a whole data set made with these very arguments.
+    """Tell whether ``out_dir`` holds a complete data set made with these very arguments.
 
     Args:
         out_dir: The data set's folder.
@@ -23,7 +23,7 @@ def is_built(out_dir: Path, manifest: dict) -> bool:
     return found == json.loads(json.dumps(manifest))
 
 
-def write_whole(out_dir: Path, manifest: dict, write: Callable[[Path], None]) -> bool:
+def write_dataset(out_dir: Path, manifest: dict, write: Callable[[Path], None]) -> bool:
     """Write a data set beside its place, then move it there in one step.
 
     Args:

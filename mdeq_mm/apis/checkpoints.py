@@ -1,0 +1,101 @@
+"""Checkpoint files: checked before anything is built, and found to resume from."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.runner import find_latest_checkpoint
+
+from ..compat import UnsafeCheckpointError, verify_checkpoint
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Check a checkpoint file before anything is built; an address is left to the Runner.
+
+    Args:
+        path: A file, an address such as ``https://...``, or None, which is no checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
+        UnsafeCheckpointError: If loading it could run code.
+    """
+    if path is None or '://' in path:
+        return
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    verify_checkpoint(path)
+
+
+def pretrained_files(node: Any) -> Iterator[str]:
+    """Give the files that ``init_cfg=dict(type='Pretrained', ...)`` anywhere in a model names."""
+    if isinstance(node, dict):
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            yield node['checkpoint']
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for value in node:
+            yield from pretrained_files(value)
+
+
+def find_resumable_checkpoint(work_dir: str) -> str | None:
+    """Find the checkpoint to resume from: the latest, or if it is damaged the one before it.
+
+    Args:
+        work_dir: Folder of the interrupted run. Its file ``last_checkpoint`` names the latest.
+
+    Returns:
+        Path of an undamaged checkpoint; None if the folder has none and names none.
+
+    Raises:
+        UnsafeCheckpointError: If loading the latest could run code.
+        ValueError: If the latest is damaged and there is no other; names it and the remedy.
+    """
+    latest = find_latest_checkpoint(work_dir) or None
+    damage = 'The run broke off before it named its latest checkpoint in last_checkpoint.'
+    if latest is not None:
+        try:
+            check_checkpoint(latest)
+            return latest
+        except FileNotFoundError as error:
+            damage = f'{error}.'
+        except ValueError as error:
+            damage = str(error)
+    for path in _checkpoints_in({work_dir, os.path.dirname(latest or '') or work_dir}):
+        iteration = None if path == latest else _resumable_iteration(path)
+        if iteration is not None:
+            if os.environ.get('RANK', '0') == '0':
+                text = f'--resume: {damage} Going on from {path}; all after iteration {iteration} '
+                print(f'WARNING: {text}is trained again.', file=sys.stderr)
+            return path
+    if latest is None:
+        return None
+    raise ValueError(
+        f'--resume: {damage} No other whole checkpoint is in {work_dir}. Name one by --resume '
+        'CHECKPOINT, or train from the beginning without --resume.'
+    )
+
+
+def _resumable_iteration(path: str) -> int | None:
+    """Iteration a training can go on from with this file; None if it cannot."""
+    try:
+        content = verify_checkpoint(path)
+    except (ValueError, UnsafeCheckpointError):
+        return None
+    # What save_best keeps are weights alone.
+    resumable = {'state_dict', 'optimizer', 'message_hub', 'meta'} <= content.keys()
+    return content['meta'].get('iter') if resumable else None
+
+
+def _checkpoints_in(folders: set[str]) -> list[str]:
+    """Checkpoint files, those of the highest epoch or iteration in their name first."""
+
+    def number(path: Path) -> int:
+        found = re.findall(r'\d+', path.stem)
+        return int(found[-1]) if found else -1
+
+    paths = [path for folder in sorted(folders) for path in Path(folder).glob('*.pth')]
+    return [str(path) for path in sorted(paths, key=number, reverse=True)]

@@ -1,0 +1,72 @@
+"""Data sets looked for before anything is built."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+
+def check_data(cfg: Config, names: tuple[str, ...]) -> None:
+    """Look for the data sets before anything is built.
+
+    Args:
+        cfg: The config, options merged.
+        names: The data loaders that will be used.
+
+    Raises:
+        FileNotFoundError: If a folder does not exist; names it and the remedy.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    for name in names:
+        if cfg.get(name) is not None:
+            for dataset in _datasets_in(cfg[name].get('dataset')):
+                _check_dataset(name, dataset)
+
+
+def dataset_class(dataset: dict) -> Any:
+    """The class a data set's config names; None where no project that is imported has it."""
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    return kind
+
+
+def _datasets_in(node: Any) -> Iterator[dict]:
+    """Give every data set inside the wrappers (repeated, concatenated, ...)."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets_in(item)
+    elif isinstance(node, dict):
+        if node.get('data_root'):
+            yield node
+        for key in ('dataset', 'datasets'):
+            yield from _datasets_in(node.get(key))
+
+
+def _check_dataset(name: str, dataset: dict) -> None:
+    """Check the folders of one data set, unless it is remote or downloads itself."""
+    root = str(dataset['data_root'])
+    if '://' in root or dataset.get('backend_args') or _downloads(dataset):
+        return
+    prefixes = dataset.get('data_prefix') or ''
+    prefixes = list(prefixes.values()) if isinstance(prefixes, dict) else [prefixes]
+    for path in (root, *(os.path.join(root, prefix or '') for prefix in prefixes)):
+        if not os.path.isdir(path) or not any(os.scandir(path)):
+            state = 'is empty' if os.path.isdir(path) else 'does not exist'
+            raise FileNotFoundError(
+                f'{name} wants the folder {path}, which {state}. See "Train and '
+                'evaluate" in README.md for how to make it, or name yours by --cfg-options '
+                'data_root=FOLDER'
+            )
+
+
+def _downloads(dataset: dict) -> bool:
+    """Tell whether the data set's class downloads missing data by itself."""
+    kind = dataset_class(dataset)
+    if not inspect.isclass(kind):
+        return False
+    return 'download' in inspect.signature(kind).parameters and dataset.get('download', True)

@@ -1,0 +1,69 @@
+"""The model of a config, without a Runner."""
+
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+from ..models import MDEQBackbone
+from .checkpoints import check_checkpoint
+from .data import dataset_class
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config for one process, in evaluation mode."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if cfg.get('data_preprocessor') is not None:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
+
+def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
+    """Build the model of a config and load a checkpoint, if one is given.
+
+    Classes and palette, where they are known, are ``model.dataset_meta``: those the checkpoint
+    carries, else those of the test data set.
+
+    Args:
+        cfg: The config, options merged.
+        checkpoint: A file, or None for the weights of the initialization.
+        device: Where the model goes.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        UnsafeCheckpointError: If loading it could run code.
+        ValueError: If it cannot be read, or does not hold every weight of this model.
+    """
+    check_checkpoint(checkpoint)
+    model = build_model(cfg)
+    meta: dict[str, Any] = {}
+    if checkpoint is not None:
+        try:
+            content = load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
+        except RuntimeError as error:
+            raise ValueError(f'{checkpoint} is not of this config: {error}') from error
+        meta = content.get('meta') or {}
+    model.dataset_meta = meta.get('dataset_meta') or _dataset_meta(cfg)
+    return model.to(device)
+
+
+def _dataset_meta(cfg: Config) -> dict[str, Any]:
+    """Classes and palette as the config's test data set states them; empty where it does not."""
+    dataset = cfg.test_dataloader.dataset
+    known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
+    return {**known, **(dataset.get('metainfo') or {})}
+
+
+def find_backbone(model: nn.Module) -> MDEQBackbone:
+    """Give the model's MDEQ.
+
+    Raises:
+        ValueError: If it has none, or several.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, MDEQBackbone)]
+    if len(backbones) != 1:
+        raise ValueError(f'the model has {len(backbones)} MDEQBackbone modules; want exactly one')
+    return backbones[0]

@@ -1,0 +1,85 @@
+"""Behaviour of mmengine, mmseg and torch that is changed in place, and why."""
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+
+from .stack import PACKAGES, can_import, installed_version
+
+
+def _is_importable(name: str) -> bool:
+    """Stands for mmengine's ``is_installed``, given a module's or a distribution's name."""
+    return can_import(_module_of(name)) or installed_version(name) is not None
+
+
+def _folder_of(name: str) -> str:
+    """Stands for mmengine's ``get_installed_path``, given a module's or a distribution's name."""
+    module = _module_of(name)
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f'{module} cannot be imported here, or is a namespace package.')
+    return os.path.dirname(spec.origin)
+
+
+def _module_of(name: str) -> str:
+    for package in PACKAGES:
+        if name in package.distributions:
+            return package.module
+    return name
+
+
+def mend_config_lookup() -> None:
+    """Let configs inherit from another project's, ``_base_ = ['mmseg::_base_/...']``.
+
+    mmengine asks for that project by the name of upstream's distribution. The forks have other
+    names, an editable install's files lie elsewhere than its record, and upstream's mmengine asks
+    pkg_resources, which setuptools 82 and later no longer has. The import system answers in each
+    case. May be called again.
+    """
+    from mmengine import utils
+    from mmengine.config import config
+    from mmengine.utils import package_utils
+
+    # mmengine imports the two functions by name, so each holder of the name is given ours.
+    for holder in (package_utils, utils, config):
+        holder.is_installed = _is_importable
+        holder.get_installed_path = _folder_of
+
+
+def mend_class_weights() -> None:
+    """Let mmseg's cross entropy take class weights where some pixels are ignored.
+
+    Upstream's looks up the weight of the label 255 and fails; with ``avg_non_ignore`` the forks'
+    fails as well. The mean is over the weights of the pixels that count. Call it once mmseg is
+    imported and before a model is built; without mmseg it does nothing. May be called again.
+    """
+    module = sys.modules.get('mmseg.models.losses.cross_entropy_loss')
+    if module is None or hasattr(module.cross_entropy, '__wrapped__'):
+        return
+    original = module.cross_entropy
+
+    @functools.wraps(original)
+    def cross_entropy(pred, label, *args, **kwargs):
+        given = inspect.signature(original).bind(pred, label, *args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        weights = options['class_weight']
+        mean = options['reduction'] == 'mean' and options['avg_factor'] is None
+        if weights is not None and mean:
+            options['avg_factor'] = weights[label[label != options['ignore_index']]].sum()
+        return original(*given.args, **given.kwargs)
+
+    module.cross_entropy = cross_entropy
+
+
+def allow_repeated_backward() -> None:
+    """Let the backward pass of what is compiled from now on run more than once.
+
+    By itself a compiled graph gives the memory of what it keeps for that pass to the pass. torch
+    has no switch for one graph alone.
+    """
+    import torch._functorch.config as config
+
+    config.donated_buffer = False

@@ -1,0 +1,1 @@
+"""The command-line tools, a script each; a package so that tests import them."""

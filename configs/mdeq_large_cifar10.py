@@ -34,7 +34,8 @@ param_scheduler = [
     )
 ]
 train_cfg = dict(max_epochs=220)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=10, softplus_iters=20000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=10, softplus_iters=20000
+    )
+)

@@ -20,7 +20,4 @@ model = dict(
 train_dataloader = dict(batch_size=28)
 optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))
 auto_scale_lr = dict(base_batch_size=112)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=550000, unrolled_layers=4, softplus_iters=550000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(warmup=dict(unrolled_iters=550000, unrolled_layers=4, softplus_iters=550000))

@@ -5,7 +5,8 @@ _base_ = [
     './_base_/schedules/imagenet_sgd_100e.py',
     './_base_/runtime_cls.py',
 ]
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=500000, unrolled_layers=5, softplus_iters=500000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=500000, unrolled_layers=5, softplus_iters=500000
+    )
+)

@@ -20,7 +20,6 @@ model = dict(
     head=dict(num_classes=10, in_channels=200),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=2.5e-6))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=3000, unrolled_layers=10, softplus_iters=3000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    warmup=dict(type='MDEQWarmupHook', unrolled_iters=3000, unrolled_layers=10, softplus_iters=3000)
+)

@@ -32,8 +32,7 @@ param_scheduler = [
     )
 ]
 train_cfg = dict(max_epochs=epochs)
-default_hooks = dict(logger=dict(interval=15))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=135, unrolled_layers=5, softplus_iters=135),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    logger=dict(interval=15),
+    warmup=dict(type='MDEQWarmupHook', unrolled_iters=135, unrolled_layers=5, softplus_iters=135),
+)

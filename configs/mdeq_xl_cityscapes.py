@@ -23,7 +23,8 @@ optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
 param_scheduler = [dict(type='CosineAnnealingLR', begin=0, end=max_iters, by_epoch=False)]
 train_cfg = dict(max_iters=max_iters)
 auto_scale_lr = dict(base_batch_size=16)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000
+    )
+)

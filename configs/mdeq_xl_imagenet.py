@@ -21,7 +21,4 @@ model = dict(
 train_dataloader = dict(batch_size=24)
 optim_wrapper = dict(optimizer=dict(weight_decay=7e-5))
 auto_scale_lr = dict(base_batch_size=192)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=400000, unrolled_layers=4, softplus_iters=400000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(warmup=dict(unrolled_iters=400000, unrolled_layers=4, softplus_iters=400000))

@@ -86,7 +86,7 @@ def test_parameter_counts_are_the_official_ones_to_the_unit(name):
 def test_hyperparameters_are_those_of_the_released_networks(name):
     cfg = load(name)
     backbone, optimizer = cfg.model.backbone, cfg.optim_wrapper.optimizer
-    warmup = next(hook for hook in cfg.custom_hooks if hook.type == 'MDEQWarmupHook')
+    warmup = cfg.default_hooks.warmup
     batch = cfg.auto_scale_lr.base_batch_size
     if 'max_epochs' in cfg.train_cfg:
         epochs = cfg.train_cfg.max_epochs

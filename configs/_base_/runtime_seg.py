@@ -21,6 +21,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     seed=dict(type='IterationSeedHook'),
     nonfinite=dict(type='NonFiniteGradientHook'),
+    solver_stats=dict(type='SolverStatsHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
 vis_backends = [dict(type='LocalVisBackend')]

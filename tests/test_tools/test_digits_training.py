@@ -7,7 +7,7 @@ from ..conftest import ROOT
 
 CONFIG = f'_base_ = {str(ROOT / "configs/mdeq_tiny_digits.py")!r}\n'
 GRADIENT = 'model = dict(backbone=dict(gradient=dict(_delete_=True, type={!r})))\n'
-NO_WARMUP = "custom_hooks = [dict(type='SolverStatsHook')]\n"
+NO_WARMUP = 'default_hooks = dict(warmup=dict(unrolled_iters=0, softplus_iters=0))\n'
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ _base_ = ['./mdeq_small_imagenet.py']
 model = dict(
     backbone=dict(channels=(352,)),
     neck=[
-        dict(type='MDEQFuseNeck', in_channels=(352,), head_channels=(256,), out_channels=2048),
-        dict(type='GlobalAveragePooling'),
+        dict(_base_.model.neck[0], in_channels=(352,), head_channels=(256,)),
+        _base_.model.neck[1],
     ],
 )

@@ -8,13 +8,8 @@ model = dict(
         gradient=dict(solver=dict(max_iter=24)),
     ),
     neck=[
-        dict(
-            type='MDEQFuseNeck',
-            in_channels=channels,
-            head_channels=(32, 64, 128, 256),
-            out_channels=2048,
-        ),
-        dict(type='GlobalAveragePooling'),
+        dict(_base_.model.neck[0], in_channels=channels, head_channels=(32, 64, 128, 256)),
+        _base_.model.neck[1],
     ],
 )
 train_dataloader = dict(batch_size=28)

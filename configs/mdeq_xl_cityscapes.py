@@ -20,7 +20,7 @@ model = dict(
 # 500 epochs at 16 a batch.
 max_iters = 93000
 optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
-param_scheduler = [dict(type='CosineAnnealingLR', begin=0, end=max_iters, by_epoch=False)]
+param_scheduler = [dict(_base_.param_scheduler[0], end=max_iters)]
 train_cfg = dict(max_iters=max_iters)
 auto_scale_lr = dict(base_batch_size=16)
 default_hooks = dict(

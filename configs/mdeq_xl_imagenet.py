@@ -8,15 +8,7 @@ model = dict(
         solver=dict(max_iter=27),
         gradient=dict(solver=dict(max_iter=27)),
     ),
-    neck=[
-        dict(
-            type='MDEQFuseNeck',
-            in_channels=channels,
-            head_channels=(32, 64, 128, 256),
-            out_channels=2048,
-        ),
-        dict(type='GlobalAveragePooling'),
-    ],
+    neck=[dict(_base_.model.neck[0], in_channels=channels), _base_.model.neck[1]],
 )
 train_dataloader = dict(batch_size=24)
 optim_wrapper = dict(optimizer=dict(weight_decay=7e-5))

@@ -21,6 +21,7 @@ model = dict(
 epochs = 220
 param_scheduler = [dict(_base_.param_scheduler[0], T_max=epochs, end=epochs)]
 train_cfg = dict(max_epochs=epochs)
+auto_scale_lr = dict(base_batch_size=128)
 default_hooks = dict(
     warmup=dict(
         type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=10, softplus_iters=20000

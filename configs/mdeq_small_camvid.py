@@ -42,6 +42,7 @@ train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = dict(num_workers=0, persistent_workers=False)
 train_cfg = dict(max_iters=max_iters, val_interval=500)
+auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(
     checkpoint=dict(interval=500),
     warmup=dict(type='MDEQWarmupHook', unrolled_iters=1000, unrolled_layers=5, softplus_iters=100),

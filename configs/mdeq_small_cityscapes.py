@@ -6,6 +6,7 @@ _base_ = [
     './_base_/runtime_seg.py',
 ]
 model = dict(data_preprocessor=_base_.data_preprocessor, backbone=dict(drop_rate=0.05))
+auto_scale_lr = dict(base_batch_size=12)
 default_hooks = dict(
     warmup=dict(
         type='MDEQWarmupHook', unrolled_iters=60000, unrolled_layers=3, softplus_iters=60000

@@ -6,6 +6,7 @@ _base_ = [
     './_base_/schedules/detection_sgd_12e.py',
     './_base_/runtime_det.py',
 ]
+auto_scale_lr = dict(base_batch_size=16)
 default_hooks = dict(
     warmup=dict(
         type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=5, softplus_iters=20000

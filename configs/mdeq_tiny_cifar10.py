@@ -13,6 +13,7 @@ model = dict(
     ),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=2.5e-6))
+auto_scale_lr = dict(base_batch_size=128)
 default_hooks = dict(
     warmup=dict(type='MDEQWarmupHook', unrolled_iters=3000, unrolled_layers=10, softplus_iters=3000)
 )

@@ -17,6 +17,7 @@ model = dict(
 epochs = 12
 param_scheduler = [dict(_base_.param_scheduler[0], T_max=epochs, end=epochs)]
 train_cfg = dict(max_epochs=epochs)
+auto_scale_lr = dict(base_batch_size=32)
 default_hooks = dict(
     logger=dict(interval=15),
     warmup=dict(type='MDEQWarmupHook', unrolled_iters=135, unrolled_layers=5, softplus_iters=135),

@@ -38,6 +38,24 @@ TABLE = {
     'mdeq_xl_cityscapes': (26, 26, 0.04, 3, 40000, 'SGD', 0.01, 3e-4, 2, 16, 500),
 }
 
+# Processes that a config's learning rate is for; one where it is not listed.
+GPUS = dict(
+    mdeq_tiny_cifar10=2,
+    deq_tiny_cifar10=2,
+    node_cifar10=2,
+    anode_cifar10=2,
+    mdeq_large_cifar10=4,
+    mdeq_small_imagenet=4,
+    deq_small_imagenet=4,
+    mdeq_large_imagenet=4,
+    mdeq_unrolled5_large_imagenet=4,
+    mdeq_xl_imagenet=8,
+    mdeq_small_cityscapes=4,
+    mdeq_large_cityscapes=4,
+    mdeq_xl_cityscapes=8,
+    mdeq_small_fpn_coco=8,
+)
+
 
 def load(name):
     return Config.fromfile(ROOT / 'configs' / f'{name}.py')
@@ -117,6 +135,13 @@ def test_schedule_ends_with_the_training(name):
     length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
     assert last.end == length
     assert last.get('T_max', length) in (length, length - last.begin)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_learning_rate_is_scaled_from_the_batch_it_is_for(name):
+    cfg = load(name)
+    batch = cfg.train_dataloader.batch_size * GPUS.get(name, 1)
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=batch)
 
 
 def test_poly_schedule_replaces_the_cosine():

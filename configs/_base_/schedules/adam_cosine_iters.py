@@ -1,4 +1,3 @@
 # Adam with cosine decay, counted in iterations.
 _base_ = ['./cosine_iters.py']
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=2e-3, weight_decay=1e-5))
-auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -9,4 +9,3 @@ optim_wrapper = dict(
 )
 param_scheduler = [dict(_base_.param_scheduler[0], end=max_iters)]
 train_cfg = dict(max_iters=max_iters, val_interval=4000)
-auto_scale_lr = dict(enable=False, base_batch_size=12)

@@ -13,3 +13,5 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
+# base_batch_size, which scaling wants as well, is a config's own: the batch that its rate is for.
+auto_scale_lr = dict(enable=False)

@@ -3,3 +3,5 @@ param_scheduler = [dict(type='CosineAnnealingLR', begin=0, end=1000, by_epoch=Fa
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
+# base_batch_size, which scaling wants as well, is a config's own: the batch that its rate is for.
+auto_scale_lr = dict(enable=False)

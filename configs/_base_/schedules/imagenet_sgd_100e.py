@@ -7,4 +7,3 @@ optim_wrapper = dict(
 )
 param_scheduler = [dict(_base_.param_scheduler[0], T_max=epochs, end=epochs)]
 train_cfg = dict(max_epochs=epochs)
-auto_scale_lr = dict(enable=False, base_batch_size=128)

@@ -15,6 +15,8 @@ default_hooks = dict(
     seed=dict(type='IterationSeedHook'),
     nonfinite=dict(type='NonFiniteGradientHook'),
     solver_stats=dict(type='SolverStatsHook'),
+    # Without a regularizer in the model it does nothing.
+    regularizer=dict(type='MDEQRegularizerHook'),
 )
 vis_backends = [dict(type='LocalVisBackend')]
 log_level = 'INFO'

@@ -7,6 +7,7 @@ a recipe changes it in both places.
 A row has the sections of ``built_configs.measure``.
 """
 
+import math
 from typing import Any
 
 from .built_configs import EPOCH
@@ -26,6 +27,10 @@ def exact(max_iter: int) -> Values:
 
 def phantom(steps: int, damping: float) -> Values:
     return dict(type='PhantomGradient', steps=steps, damping=damping)
+
+
+def jacobian(weight: float, probability: float) -> Values:
+    return dict(type='JacobianRegularizer', weight=weight, probability=probability, samples=1)
 
 
 # --- The backbone -----------------------------------------------------------------------------
@@ -1119,6 +1124,103 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         training=epochs(
             sgd(0.05, 5e-5, nesterov=True), 100, batch=32, gpus=4, warmup=warmup(500_000, 5)
         ),
+        data=IMAGENET,
+        evaluation=evaluation(accuracy(1, 5)),
+        runtime=of_classification(),
+    ),
+    # Jacobian regularization (Bai, Koltun & Kolter 2021).
+    mdeq_large_cifar10_jac=dict(
+        backbone=mdeq(
+            **SMALL,
+            forward=8,
+            jitter=[6, 9],
+            gradient=exact(7),
+            drop_rate=0.22,
+            stem_strides=(1, 1),
+            regularizer=jacobian(0.4, 0.02),
+        ),
+        heads=LARGE_CIFAR10_CLASSIFIER,
+        training=epochs(
+            adam(1e-3, 0),
+            220,
+            batch=96,
+            gpus=1,
+            warmup=warmup(16_000, 8, softplus=0),
+            penalty=penalty_schedule(end=90 * math.ceil(50_000 / 96)),
+        ),
+        data=CIFAR10_AUGMENTED,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(),
+    ),
+    mdeq_small_imagenet_jac=dict(
+        backbone=mdeq(
+            **SMALL,
+            forward=14,
+            jitter=[12, 15],
+            gradient=exact(14),
+            drop_rate=0.02,
+            regularizer=jacobian(2.5, 0.08),
+        ),
+        heads=classifier(16_808_936, SMALL_NECK, 1000),
+        training=epochs(
+            sgd(0.04, 2e-5, nesterov=True),
+            100,
+            batch=32,
+            gpus=4,
+            warmup=warmup(510_000, 5, softplus=0),
+            penalty=penalty_schedule(0.1, 50_000),
+        ),
+        data=IMAGENET,
+        evaluation=evaluation(accuracy(1, 5)),
+        runtime=of_classification(),
+    ),
+    mdeq_large_imagenet_jac=dict(
+        backbone=mdeq(
+            **LARGE,
+            forward=14,
+            jitter=[12, 15],
+            gradient=exact(14),
+            regularizer=jacobian(3.0, 0.08),
+        ),
+        heads=classifier(67_063_624, LARGE_NECK, 1000),
+        training=epochs(
+            sgd(0.05, 1e-4, nesterov=True),
+            100,
+            batch=32,
+            gpus=4,
+            warmup=warmup(510_000, 4, softplus=0),
+            penalty=penalty_schedule(0.1, 50_000),
+        ),
+        data=IMAGENET,
+        evaluation=evaluation(accuracy(1, 5)),
+        runtime=of_classification(),
+    ),
+    # The phantom gradient (Geng et al. 2021): neither warm-up nor softplus.
+    mdeq_tiny_cifar10_phantom=dict(
+        backbone=mdeq(117_720, [24, 24], 22, phantom(5, 0.5), drop_rate=0.25, stem_strides=(1, 1)),
+        heads=classifier(158_986, TINY_NECK, 10),
+        training=epochs(adam(1e-3, 2.5e-6), 50, batch=64, gpus=2, warmup=warmup(0, 10)),
+        data=CIFAR10,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(),
+    ),
+    mdeq_large_cifar10_phantom=dict(
+        backbone=mdeq(**SMALL, forward=18, gradient=phantom(5, 0.7), stem_strides=(1, 1)),
+        heads=LARGE_CIFAR10_CLASSIFIER,
+        training=epochs(sgd(0.1, 1e-4), 220, batch=32, gpus=4, warmup=warmup(0, 10)),
+        data=CIFAR10_AUGMENTED,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(),
+    ),
+    mdeq_small_imagenet_phantom=dict(
+        backbone=mdeq(
+            **SMALL,
+            forward=26,
+            gradient=phantom(5, 0.5),
+            solver=dict(type='FixedPointIteration', max_iter=26, tol=1e-3, damping=1.0),
+        ),
+        heads=classifier(16_808_936, SMALL_NECK, 1000),
+        training=epochs(sgd(0.05, 5e-5, nesterov=True), 100, batch=32, gpus=4, warmup=warmup(0, 5)),
         data=IMAGENET,
         evaluation=evaluation(accuracy(1, 5)),
         runtime=of_classification(),

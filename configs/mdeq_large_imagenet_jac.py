@@ -1,5 +1,6 @@
 # MDEQ-large on ImageNet with Jacobian regularization, at 14 forward and 14 backward evaluations
-# (Bai, Koltun & Kolter 2021): 4 GPUs x 32 images. What differs there: mdeq_small_imagenet_jac.py.
+# (Bai, Koltun & Kolter 2021): 4 GPUs x 32 images. It differs from the published training as
+# mdeq_small_imagenet_jac.py does.
 _base_ = ['./mdeq_large_imagenet.py']
 model = dict(
     backbone=dict(

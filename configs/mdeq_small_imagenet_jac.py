@@ -1,6 +1,7 @@
 # MDEQ-small on ImageNet with Jacobian regularization, at 14 forward and 14 backward evaluations
-# (Bai, Koltun & Kolter 2021): 4 GPUs x 32 images. There the unrolled warm-up has a penalty as well,
-# of weight 0.03, and the number of evaluations varies in iterations with a penalty alone.
+# (Bai, Koltun & Kolter 2021): 4 GPUs x 32 images. In the published training the unrolled warm-up
+# has a penalty as well, of weight 0.03, and the number of evaluations varies in iterations with a
+# penalty only.
 _base_ = ['./mdeq_small_imagenet.py']
 model = dict(
     backbone=dict(

@@ -125,7 +125,15 @@ _TOLD = {
 }
 _RECIPE_HOOKS = ('MDEQWarmupHook', 'MDEQRegularizerHook')
 # Keys of a group of an optimizer's parameters that are no choice of ours.
-_OF_TORCH = ('params', 'initial_lr', 'foreach', 'fused', 'capturable', 'differentiable')
+_OF_TORCH = (
+    'params',
+    'initial_lr',
+    'foreach',
+    'fused',
+    'capturable',
+    'differentiable',
+    'decoupled_weight_decay',
+)
 _OF_DATASETS = (
     'data_root',
     'split',

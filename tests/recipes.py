@@ -237,7 +237,6 @@ def adam(lr: float, weight_decay: float) -> Values:
         weight_decay=weight_decay,
         amsgrad=False,
         maximize=False,
-        decoupled_weight_decay=False,
     )
 
 

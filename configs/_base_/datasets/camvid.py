@@ -1,5 +1,5 @@
-# CamVid, 11 classes, at 240x180, as tools/dataset_converters/camvid.py writes it. Larger pictures
-# are scaled down to 240x180 for the network; the metric compares at the labels' own size.
+# CamVid, 11 classes, at 240x180, as tools/dataset_converters/camvid.py writes it. Larger images are
+# scaled down to 240x180 for the network; the metric compares at the size of the labels.
 _base_ = ['./segmentation_folders.py']
 data_root = 'data/camvid'
 crop_size = (160, 224)
@@ -44,7 +44,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(240, 180), keep_ratio=True),
-    # After Resize: the labels keep their own size.
+    # After Resize, so that the labels keep their size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

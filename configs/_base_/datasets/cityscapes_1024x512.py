@@ -1,5 +1,5 @@
 # Cityscapes, crops of 512 rows x 1024 columns, 3 for each GPU. Training scales the 2048x1024
-# pictures by 0.5 to 2. Validation takes every picture as it is: one scale, no flip.
+# images by 0.5 to 2. Evaluation takes every image at its own size: one scale, no flip.
 _base_ = ['./segmentation.py']
 dataset_type = 'CityscapesDataset'
 data_root = 'data/cityscapes/'

@@ -1,5 +1,5 @@
 # scikit-learn's handwritten digits at 16x16, as tools/dataset_converters/digits.py writes them.
-# Of a pixel v in 0..255, (v / 255 - 0.3) / 0.35 enters the network, in three equal channels.
+# A pixel v in 0..255 enters the network as (v / 255 - 0.3) / 0.35, in three equal channels.
 _base_ = ['./classification.py']
 dataset_type = 'CustomDataset'
 data_root = 'data/digits'

@@ -1,4 +1,5 @@
-# MDEQ-small for ImageNet. Other models override widths; the head follows out_channels.
+# MDEQ-small for ImageNet. Other models override widths; the head's in_channels are the neck's
+# out_channels.
 _base_ = ['./mdeq_backbone.py']
 model = dict(
     type='ImageClassifier',

@@ -1,5 +1,5 @@
-# Cosine decay over so many epochs, to zero, a step every iteration. A config sets the number of
-# epochs in three places: T_max, end and max_epochs.
+# Cosine decay to zero over a number of epochs, with a step every iteration. A config sets that
+# number in three places: T_max, end and max_epochs.
 param_scheduler = [
     dict(
         type='CosineAnnealingLR',
@@ -13,5 +13,5 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-# base_batch_size, which scaling wants as well, is a config's own: the batch that its rate is for.
+# Each config sets base_batch_size: the batch of all GPUs that its learning rate is for.
 auto_scale_lr = dict(enable=False)

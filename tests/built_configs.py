@@ -3,9 +3,11 @@
 No data set has to be there: data sets hold one generated image, and parameters have no storage.
 """
 
+import copy
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, Compose
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -270,20 +274,34 @@ def measure(cfg: Config, folder: Path) -> dict[str, dict[str, Any]]:
     picture = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
     ConfigRunner.image = write_image(folder / f'{rows}x{columns}.png', picture)
     cfg.work_dir = str(folder)
+    with built(cfg) as runner:
+        return dict(
+            backbone=backbone_of(runner.model),
+            heads=heads_of(runner),
+            training=training_of(runner),
+            data=data_of(runner, folder),
+            evaluation=evaluation_of(runner),
+            runtime=runtime_of(runner),
+        )
+
+
+@contextmanager
+def built(cfg: Config) -> Iterator[ConfigRunner]:
+    """Build a Runner in the scope of its config; nothing of it stays in the process."""
+    managers = (MMLogger, MessageHub, DefaultScope, Visualizer)
+    before = [(manager, manager._instance_dict.copy()) for manager in managers]
     cudnn_benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    runner = ConfigRunner.from_cfg(cfg)
     try:
+        runner = ConfigRunner.from_cfg(cfg)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            return dict(
-                backbone=backbone_of(runner.model),
-                heads=heads_of(runner),
-                training=training_of(runner),
-                data=data_of(runner, folder),
-                evaluation=evaluation_of(runner),
-                runtime=runtime_of(runner),
-            )
+            yield runner
     finally:
         torch.backends.cudnn.benchmark = cudnn_benchmark
+        for manager, instances in before:
+            for name in manager._instance_dict.keys() - instances.keys():
+                instance = manager._instance_dict.pop(name)
+                for handler in getattr(instance, 'handlers', ()):
+                    handler.close()
 
 
 class BackboneAlone(nn.Module):
@@ -301,7 +319,7 @@ def measure_core(cfg: Config, folder: Path) -> dict[str, Any]:
         dict: The sections backbone and training, and the hooks.
     """
     ConfigRunner.image = write_image(folder / 'image.png', np.zeros((8, 8, 3), np.uint8))
-    cfg = cfg.copy()
+    cfg = copy.deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.default_scope = 'mmengine'
     cfg.model = dict(type=BackboneAlone, backbone=cfg.model.backbone)
@@ -311,12 +329,12 @@ def measure_core(cfg: Config, folder: Path) -> dict[str, Any]:
     cfg.train_dataloader.dataset = dict(type=BaseDataset)
     for name in ('val', 'test'):
         cfg[f'{name}_dataloader'] = cfg[f'{name}_cfg'] = cfg[f'{name}_evaluator'] = None
-    runner = ConfigRunner.from_cfg(cfg)
-    return dict(
-        backbone=backbone_of(runner.model),
-        training=training_of(runner),
-        hooks=[_hook(hook) for hook in runner.hooks],
-    )
+    with built(cfg) as runner:
+        return dict(
+            backbone=backbone_of(runner.model),
+            training=training_of(runner),
+            hooks=[_hook(hook) for hook in runner.hooks],
+        )
 
 
 def parameters(module: nn.Module) -> int:

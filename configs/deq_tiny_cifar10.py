@@ -4,7 +4,7 @@ _base_ = ['./mdeq_tiny_cifar10.py']
 model = dict(
     backbone=dict(channels=(32,), expansion=6),
     neck=[
-        dict(type='MDEQFuseNeck', in_channels=(32,), head_channels=(32,), out_channels=200),
-        dict(type='GlobalAveragePooling'),
+        dict(_base_.model.neck[0], in_channels=(32,), head_channels=(32,), out_channels=200),
+        _base_.model.neck[1],
     ],
 )

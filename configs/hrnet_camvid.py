@@ -25,5 +25,8 @@ model = dict(
     decode_head=dict(in_channels=channels, in_index=(0, 1, 2, 3), channels=sum(channels)),
 )
 optim_wrapper = dict(optimizer=dict(lr=5e-3))
-# The hooks of the MDEQ have nothing to do here.
-custom_hooks = []
+# No warm-up: nothing here can be unrolled.
+default_hooks = dict(
+    _delete_=True,
+    **{name: hook for name, hook in _base_.default_hooks.items() if name != 'warmup'},
+)

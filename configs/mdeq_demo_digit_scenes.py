@@ -34,8 +34,9 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', begin=50, end=max_iters, T_max=max_iters - 50, by_epoch=False),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 2)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=max_iters // 2))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=750, unrolled_layers=5, softplus_iters=100),
-    dict(type='SolverStatsHook'),
-]
+auto_scale_lr = dict(base_batch_size=16)
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=max_iters // 2),
+    warmup=dict(type='MDEQWarmupHook', unrolled_iters=750, unrolled_layers=5, softplus_iters=100),
+)

@@ -13,28 +13,17 @@ model = dict(
         gradient=dict(solver=dict(max_iter=20)),
     ),
     neck=[
-        dict(
-            type='MDEQFuseNeck',
-            in_channels=(32, 64, 128, 256),
-            head_channels=(14, 28, 56, 112),
-            out_channels=1680,
-        ),
-        dict(type='GlobalAveragePooling'),
+        dict(_base_.model.neck[0], head_channels=(14, 28, 56, 112), out_channels=1680),
+        _base_.model.neck[1],
     ],
     head=dict(num_classes=10, in_channels=1680),
 )
-param_scheduler = [
-    dict(
-        type='CosineAnnealingLR',
-        T_max=220,
-        begin=0,
-        end=220,
-        by_epoch=True,
-        convert_to_iter_based=True,
+epochs = 220
+param_scheduler = [dict(_base_.param_scheduler[0], T_max=epochs, end=epochs)]
+train_cfg = dict(max_epochs=epochs)
+auto_scale_lr = dict(base_batch_size=128)
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=10, softplus_iters=20000
     )
-]
-train_cfg = dict(max_epochs=220)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=10, softplus_iters=20000),
-    dict(type='SolverStatsHook'),
-]
+)

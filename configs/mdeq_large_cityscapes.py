@@ -11,7 +11,4 @@ model = dict(
     decode_head=dict(in_channels=channels, channels=1200),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=32000, unrolled_layers=3, softplus_iters=32000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(warmup=dict(unrolled_iters=32000, unrolled_layers=3, softplus_iters=32000))

@@ -8,19 +8,11 @@ model = dict(
         gradient=dict(solver=dict(max_iter=24)),
     ),
     neck=[
-        dict(
-            type='MDEQFuseNeck',
-            in_channels=channels,
-            head_channels=(32, 64, 128, 256),
-            out_channels=2048,
-        ),
-        dict(type='GlobalAveragePooling'),
+        dict(_base_.model.neck[0], in_channels=channels, head_channels=(32, 64, 128, 256)),
+        _base_.model.neck[1],
     ],
 )
 train_dataloader = dict(batch_size=28)
 optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))
 auto_scale_lr = dict(base_batch_size=112)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=550000, unrolled_layers=4, softplus_iters=550000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(warmup=dict(unrolled_iters=550000, unrolled_layers=4, softplus_iters=550000))

@@ -1,4 +1,4 @@
-# A small MDEQ on CamVid at 240x180, 11 classes: the real benchmark a CPU can train, in 20 minutes
+# A small MDEQ on CamVid at 240x180, 11 classes: real images that a CPU can train on, in 20 minutes
 # on one core. configs/hrnet_camvid.py is an explicit net of its size, trained alike.
 # Data: python tools/dataset_converters/camvid.py DOWNLOAD data/camvid --size 240x180
 _base_ = [
@@ -37,13 +37,13 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=100, by_epoch=False),
     dict(type='CosineAnnealingLR', begin=100, end=max_iters, T_max=max_iters - 100, by_epoch=False),
 ]
-# In the process itself: what it takes is what one core takes.
+# Data is loaded in the training process, so that a run takes one core.
 train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = dict(num_workers=0, persistent_workers=False)
 train_cfg = dict(max_iters=max_iters, val_interval=500)
-default_hooks = dict(checkpoint=dict(interval=500))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=1000, unrolled_layers=5, softplus_iters=100),
-    dict(type='SolverStatsHook'),
-]
+auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(
+    checkpoint=dict(interval=500),
+    warmup=dict(type='MDEQWarmupHook', unrolled_iters=1000, unrolled_layers=5, softplus_iters=100),
+)

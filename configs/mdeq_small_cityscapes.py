@@ -6,7 +6,9 @@ _base_ = [
     './_base_/runtime_seg.py',
 ]
 model = dict(data_preprocessor=_base_.data_preprocessor, backbone=dict(drop_rate=0.05))
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=60000, unrolled_layers=3, softplus_iters=60000),
-    dict(type='SolverStatsHook'),
-]
+auto_scale_lr = dict(base_batch_size=12)
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=60000, unrolled_layers=3, softplus_iters=60000
+    )
+)

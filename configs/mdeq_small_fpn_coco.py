@@ -6,7 +6,9 @@ _base_ = [
     './_base_/schedules/detection_sgd_12e.py',
     './_base_/runtime_det.py',
 ]
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=5, softplus_iters=20000),
-    dict(type='SolverStatsHook'),
-]
+auto_scale_lr = dict(base_batch_size=16)
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=20000, unrolled_layers=5, softplus_iters=20000
+    )
+)

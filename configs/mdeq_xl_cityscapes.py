@@ -20,10 +20,11 @@ model = dict(
 # 500 epochs at 16 a batch.
 max_iters = 93000
 optim_wrapper = dict(optimizer=dict(weight_decay=3e-4))
-param_scheduler = [dict(type='CosineAnnealingLR', begin=0, end=max_iters, by_epoch=False)]
+param_scheduler = [dict(_base_.param_scheduler[0], end=max_iters)]
 train_cfg = dict(max_iters=max_iters)
 auto_scale_lr = dict(base_batch_size=16)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(
+    warmup=dict(
+        type='MDEQWarmupHook', unrolled_iters=40000, unrolled_layers=3, softplus_iters=40000
+    )
+)

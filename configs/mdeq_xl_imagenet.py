@@ -8,20 +8,9 @@ model = dict(
         solver=dict(max_iter=27),
         gradient=dict(solver=dict(max_iter=27)),
     ),
-    neck=[
-        dict(
-            type='MDEQFuseNeck',
-            in_channels=channels,
-            head_channels=(32, 64, 128, 256),
-            out_channels=2048,
-        ),
-        dict(type='GlobalAveragePooling'),
-    ],
+    neck=[dict(_base_.model.neck[0], in_channels=channels), _base_.model.neck[1]],
 )
 train_dataloader = dict(batch_size=24)
 optim_wrapper = dict(optimizer=dict(weight_decay=7e-5))
 auto_scale_lr = dict(base_batch_size=192)
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=400000, unrolled_layers=4, softplus_iters=400000),
-    dict(type='SolverStatsHook'),
-]
+default_hooks = dict(warmup=dict(unrolled_iters=400000, unrolled_layers=4, softplus_iters=400000))

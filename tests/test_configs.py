@@ -1,6 +1,9 @@
-"""Every config builds; those of the paper have its hyperparameters and parameter counts."""
+"""What the Runner of every config holds is what ``recipes.py`` says, value by value."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,129 +12,126 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 from mdeq_mm.apis import check_scales
 
+from .built_configs import measure, measure_core
+from .recipes import RECIPES
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
-
-# name: (backbone, whole official network) parameters, from the released networks. FCNHead has no
-# bias before its batch norm, so segmentation models lack that one, as wide as all scales together.
-OFFICIAL = {
-    'mdeq_tiny_cifar10': (117720, 158986),
-    'mdeq_large_cifar10': (8727488, 11098398),
-    'mdeq_small_imagenet': (8727488, 16808936),
-    'mdeq_large_imagenet': (54489440, 67063624),
-    'mdeq_xl_imagenet': (77780296, 90463280),
-    'mdeq_small_cityscapes': (8727488, 8968467),
-    'mdeq_large_cityscapes': (54489440, 55955859),
-    'mdeq_xl_cityscapes': (77780296, 79551755),
-}
-
-# name: forward and backward max_iter, drop rate, unrolled layers, iterations of warm-up,
-# optimizer and learning rate, weight decay, batch a GPU, batch in all, epochs.
-TABLE = {
-    'mdeq_tiny_cifar10': (22, 24, 0.25, 10, 3000, 'Adam', 1e-3, 2.5e-6, 64, 128, 50),
-    'mdeq_large_cifar10': (18, 20, 0.3, 10, 20000, 'Adam', 1e-3, 0, 32, 128, 220),
-    'mdeq_small_imagenet': (26, 27, 0, 5, 500000, 'SGD', 0.05, 5e-5, 32, 128, 100),
-    'mdeq_large_imagenet': (24, 24, 0, 4, 550000, 'SGD', 0.05, 1e-4, 28, 112, 100),
-    'mdeq_xl_imagenet': (27, 27, 0, 4, 400000, 'SGD', 0.05, 7e-5, 24, 192, 100),
-    'mdeq_small_cityscapes': (27, 30, 0.05, 3, 60000, 'SGD', 0.01, 2e-4, 3, 12, 500),
-    'mdeq_large_cityscapes': (26, 26, 0.03, 3, 32000, 'SGD', 0.01, 3e-4, 3, 12, 500),
-    'mdeq_xl_cityscapes': (26, 26, 0.04, 3, 40000, 'SGD', 0.01, 3e-4, 2, 16, 500),
-}
+SECTIONS = ('backbone', 'heads', 'training', 'data', 'evaluation', 'runtime')
+NEEDS = dict(mmdet=['mmdet', 'mmcv._ext'], mmpretrain=['mmpretrain'], mmseg=['mmseg'], mmengine=[])
 
 
 def load(name):
     return Config.fromfile(ROOT / 'configs' / f'{name}.py')
 
 
-def build(cfg):
-    scope = cfg.default_scope
-    pytest.importorskip(dict(mmseg='mmseg', mmpretrain='mmpretrain')[scope])
-    init_default_scope(scope)
-    with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(cfg.model)
+def differences(got: Any, wanted: Any, place: str = '') -> Iterator[str]:
+    """A line for every value that is not as wanted: where it is, what it is, what it should be."""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **got}:
+            if key not in got or key not in wanted:
+                state = 'is missing' if key in wanted else 'is not in the recipe'
+                yield f'{place}{key}: {state}: {wanted.get(key, got.get(key))!r}'
+            else:
+                yield from differences(got[key], wanted[key], f'{place}{key}: ')
+    elif isinstance(got, list) and isinstance(wanted, list) and _names(got) == _names(wanted):
+        for item, other, name in zip(got, wanted, _names(got)):
+            yield from differences(item, other, f'{place}{name}')
+    elif isinstance(got, float) and isinstance(wanted, (int, float)):
+        if not math.isclose(got, wanted, rel_tol=1e-4):
+            yield f'{place}got {got!r}, wanted {wanted!r}'
+    elif got != wanted or type(got) is not type(wanted):
+        yield f'{place}got {_short(got)!r}, wanted {_short(wanted)!r}'
 
 
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
+def _names(items: list) -> list[str]:
+    return [f'{_short([item])[0]}: ' if isinstance(item, dict) else '' for item in items]
 
 
+def _short(value: Any) -> Any:
+    """The types alone of a list of parts."""
+    if isinstance(value, list):
+        return [item.get('type', item) if isinstance(item, dict) else item for item in value]
+    return value
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    """Give a function that measures a config, once for all tests."""
+    known = {}
+
+    def of(name):
+        cfg = load(name)
+        for module in NEEDS[cfg.default_scope]:
+            pytest.importorskip(module)
+        if cfg.model.get('backbone', {}).get('type') == 'NeuralODEBackbone':
+            pytest.importorskip('torchdiffeq')
+        if name not in known:
+            known[name] = measure(cfg, tmp_path_factory.mktemp(name))
+        return known[name]
+
+    return of
+
+
+def test_every_config_has_a_recipe():
+    assert sorted(RECIPES) == CONFIGS
+
+
+@pytest.mark.parametrize('section', SECTIONS)
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_is_complete(name):
-    cfg = load(name)
-    assert cfg.custom_imports == dict(imports=['mdeq_mm'], allow_failed_imports=False)
-    assert cfg.default_scope in ('mmseg', 'mmpretrain', 'mmdet')
-    for part in ('train', 'val', 'test'):
-        assert cfg[f'{part}_dataloader'].dataset.data_root
-    assert cfg.val_evaluator and cfg.test_evaluator
-    if cfg.default_scope == 'mmseg':
-        assert cfg.model.data_preprocessor.type == 'SegDataPreProcessor'
-    elif cfg.default_scope == 'mmdet':
-        assert cfg.model.data_preprocessor.type == 'DetDataPreprocessor'
-    else:
-        assert cfg.data_preprocessor.mean
+def test_the_runner_of_a_config_holds_its_recipe(name, section, built):
+    lines = list(differences(built(name)[section], RECIPES[name][section]))
+    assert not lines, '\n'.join([f'configs/{name}.py, {section}:', *lines])
 
 
-@pytest.mark.parametrize('name', OFFICIAL)
-def test_parameter_counts_are_the_official_ones_to_the_unit(name):
-    cfg = load(name)
-    with torch.device('meta'):
-        model = build(cfg)
-    backbone, whole = OFFICIAL[name]
-    folded = sum(cfg.model.backbone.channels) if cfg.default_scope == 'mmseg' else 0
-    assert parameters(model.backbone) == backbone
-    assert parameters(model) == whole - folded
+def test_a_detector_holds_its_recipe_where_mmdetection_is_not(tmp_path):
+    got = measure_core(load('mdeq_small_fpn_coco'), tmp_path)
+    recipe = RECIPES['mdeq_small_fpn_coco']
+    hooks = [h for h in recipe['runtime']['hooks'] if h['type'] != 'DetVisualizationHook']
+    wanted = dict(backbone=recipe['backbone'], training=recipe['training'], hooks=hooks)
+    assert not list(differences(got, wanted))
 
 
-@pytest.mark.parametrize('name', TABLE)
-def test_hyperparameters_are_those_of_the_released_networks(name):
-    cfg = load(name)
-    backbone, optimizer = cfg.model.backbone, cfg.optim_wrapper.optimizer
-    warmup = next(hook for hook in cfg.custom_hooks if hook.type == 'MDEQWarmupHook')
-    batch = cfg.auto_scale_lr.base_batch_size
-    if 'max_epochs' in cfg.train_cfg:
-        epochs = cfg.train_cfg.max_epochs
-    else:
-        epochs = round(cfg.train_cfg.max_iters * batch / 2975)
-    assert TABLE[name] == (
-        backbone.solver.max_iter,
-        backbone.gradient.solver.max_iter,
-        backbone.get('drop_rate', 0),
-        warmup.unrolled_layers,
-        warmup.unrolled_iters,
-        optimizer.type,
-        optimizer.lr,
-        optimizer.weight_decay,
-        cfg.train_dataloader.batch_size,
-        batch,
-        epochs,
+def test_a_difference_is_told_by_name():
+    wanted = dict(lr=0.1, steps=[dict(type='Crop', size=[2, 3]), dict(type='Flip', prob=0.5)])
+    assert not list(differences(wanted, wanted))
+    got = dict(lr=0.2, steps=[dict(type='Crop', size=[3, 2]), dict(type='Flip', prob=0.5)])
+    assert list(differences(got, wanted)) == [
+        'lr: got 0.2, wanted 0.1',
+        'steps: Crop: size: got 3, wanted 2',
+        'steps: Crop: size: got 2, wanted 3',
+    ]
+    got = dict(steps=[dict(type='Flip', prob=0.5)], rate=None)
+    assert list(differences(got, wanted)) == [
+        'lr: is missing: 0.1',
+        "steps: got ['Flip'], wanted ['Crop', 'Flip']",
+        'rate: is not in the recipe: None',
+    ]
+
+
+def test_poly_schedule_replaces_the_cosine(tmp_path):
+    pytest.importorskip('mmseg')
+    text = (ROOT / 'configs/mdeq_small_cityscapes.py').read_text()
+    text = text.replace('cityscapes_cosine', 'cityscapes_poly')
+    text = text.replace('./_base_', str(ROOT / 'configs/_base_'))
+    (tmp_path / 'poly.py').write_text(text)
+    got = measure(Config.fromfile(tmp_path / 'poly.py'), tmp_path)['training']
+    poly = dict(
+        type='PolyLR', begin=0, end=124_000, power=0.9, eta_min=0, by_epoch=False, param_name='lr'
     )
-    assert optimizer.get('nesterov', False) == ('imagenet' in name)
-    assert backbone.solver.type == backbone.gradient.solver.type == 'LimitedMemoryBroyden'
-    assert cfg.param_scheduler[-1].type == 'CosineAnnealingLR'
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_schedule_ends_with_the_training(name):
-    cfg = load(name)
-    last = cfg.param_scheduler[-1]
-    length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
-    assert last.end == length
-    assert last.get('T_max', length) in (length, length - last.begin)
-
-
-def test_poly_schedule_replaces_the_cosine():
-    cfg = Config.fromfile(ROOT / 'configs/_base_/schedules/cityscapes_poly.py')
-    assert [s.type for s in cfg.param_scheduler] == ['PolyLR']
-    assert cfg.param_scheduler[0].power == 0.9
+    wanted = dict(RECIPES['mdeq_small_cityscapes']['training'], schedule=[poly])
+    assert not list(differences(got, wanted))
 
 
 def test_knobs_are_reached_from_the_command_line():
+    pytest.importorskip('mmseg')
     cfg = load('mdeq_large_cityscapes')
     cfg.merge_from_dict(
         {'model.backbone.solver.max_iter': 3, 'model.backbone.gradient.solver.type': 'Anderson'}
     )
-    with torch.device('meta'):
-        backbone = build(cfg).backbone
+    init_default_scope('mmseg')
+    with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
+        backbone = MODELS.build(cfg.model).backbone
     assert backbone.implicit.solver.max_iter == 3
     assert type(backbone.implicit.gradient.solver).__name__ == 'Anderson'
 

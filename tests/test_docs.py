@@ -242,5 +242,5 @@ def test_the_config_snippet_makes_a_model():
 def test_options_are_read_as_the_shell_gives_them():
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    found = parser.parse_args(['--cfg-options', 'custom_hooks=[]']).cfg_options
-    assert found == dict(custom_hooks=[])
+    found = parser.parse_args(['--cfg-options', 'crop_size=(256,512)']).cfg_options
+    assert found == dict(crop_size=(256, 512))

@@ -13,6 +13,8 @@ import yaml
 import mdeq_mm
 from mdeq_mm.model_index import config_root
 
+from .recipes import RECIPES
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
 MODELS = [m for file in FILES for m in yaml.safe_load((ROOT / file).read_text())['Models']]
@@ -56,20 +58,38 @@ def _published(pages):
             name = re.search(r'`(?:configs/)?(\w+)\.py`', line)
             if line.startswith('|') and name and '$' not in line:
                 count = cells[parameters].split('/')[0].strip().replace(',', '')
-                rows[name[1]] = int(count), re.match(r'[\d.]+', cells[result])[0]
+                if number := re.match(r'[\d.]+', cells[result]):
+                    rows[name[1]] = int(count), number[0]
     return rows
 
 
-def test_numbers_are_those_of_the_readme_and_the_baselines():
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
+def test_published_numbers_are_those_of_the_readme_and_the_baselines(model):
     rows = _published([('README.md', 2, 3), ('docs/baselines.md', 3, 4)])
-    for model in MODELS:
-        metrics = model['Results'][0]['Metrics']
-        if metrics is None:
-            assert model['Name'] not in rows
-            continue
-        parameters, number = rows[model['Name']]
-        assert model['Metadata']['Parameters'] == parameters
-        assert next(iter(metrics.values())) == float(number)
+    published = model.get('Published')
+    if published is None:
+        assert model['Name'] not in rows
+        return
+    parameters, number = rows[model['Name']]
+    assert model['Metadata']['Parameters'] == parameters
+    assert next(iter(published['Metrics'].values())) == float(number)
+    assert published['Source']
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
+def test_parameters_are_those_of_the_model_that_is_built(model):
+    # The recipes' own are compared with what a Runner builds.
+    assert model['Metadata']['Parameters'] == RECIPES[model['Name']]['heads']['parameters']
+
+
+def test_results_are_our_own():
+    results = {model['Name']: model['Results'][0]['Metrics'] for model in MODELS}
+    measured = {name: metrics for name, metrics in results.items() if metrics}
+    readme = (ROOT / 'README.md').read_text()
+    assert measured == dict(
+        mdeq_tiny_digits={'Top 1 Accuracy': 98.9}, mdeq_small_camvid={'mIoU': 53.5}
+    )
+    assert '98.9% top-1' in readme and '53.5 ± 1.3 mIoU' in readme
 
 
 @pytest.fixture
@@ -84,7 +104,7 @@ def hub():
 
 def test_models_are_listed(hub):
     names = hub.list_models('*mdeq*', task='Image Classification')
-    assert 'mdeq_small_imagenet' in names and len(names) == 7
+    assert 'mdeq_small_imagenet' in names and len(names) == 13
     # Segmentors are not mmpretrain's to build.
     assert not [name for name in hub.list_models('*mdeq*') if 'cityscapes' in name]
 

@@ -1,28 +1,10 @@
-# What every classification config shares: plugin, environment, hooks, logging. Counts epochs.
+# Runtime of the classification configs. Counts epochs.
+_base_ = ['./default_runtime.py']
 default_scope = 'mmpretrain'
-custom_imports = dict(imports=['mdeq_mm'], allow_failed_imports=False)
-
-env_cfg = dict(
-    cudnn_benchmark=True,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
-)
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=100),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='MDEQCheckpointHook', interval=1, save_best='accuracy/top1', max_keep_ckpts=2
-    ),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    seed=dict(type='IterationSeedHook'),
-    nonfinite=dict(type='NonFiniteGradientHook'),
+    logger=dict(interval=100),
+    checkpoint=dict(save_best='accuracy/top1'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
-vis_backends = [dict(type='LocalVisBackend')]
-visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
+visualizer = dict(type='UniversalVisualizer', vis_backends=_base_.vis_backends)
 log_processor = dict(by_epoch=True)
-log_level = 'INFO'
-load_from = None
-resume = False
-randomness = dict(seed=None, deterministic=False)

@@ -158,7 +158,8 @@ def test_the_config_trains_and_validates(mmdet, tmp_path):
         evaluator.ann_file = root + 'annotations/instances_val2017.json'
     cfg.model.roi_head.bbox_head.num_classes = 1
     cfg.train_cfg.max_epochs = 1
-    cfg.custom_hooks = [dict(type='SolverStatsHook', interval=1)]
+    cfg.default_hooks.warmup.update(unrolled_iters=0, softplus_iters=0)
+    cfg.default_hooks.solver_stats.interval = 1
     cfg.model.backbone.stem_norm_cfg = dict(type='BN')
     cfg.work_dir = str(tmp_path / 'work')
     cfg.experiment_name = f'detection_{tmp_path.name}'

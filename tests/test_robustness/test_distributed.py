@@ -43,12 +43,12 @@ model = dict(
 )
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
 custom_imports = dict(imports=['mdeq_mm', 'tests.test_robustness.distributed_parts'])
-custom_hooks = [
-    dict(type='MDEQWarmupHook', unrolled_iters=2, unrolled_layers=3, softplus_iters=1),
-    dict(type='SolverStatsHook', interval=1),
-    dict(type='RecordHook'),
-]
-default_hooks = dict(logger=dict(interval=1))
+default_hooks = dict(
+    logger=dict(interval=1),
+    warmup=dict(type='MDEQWarmupHook', unrolled_iters=2, unrolled_layers=3, softplus_iters=1),
+    solver_stats=dict(interval=1),
+)
+custom_hooks = [dict(type='RecordHook')]
 randomness = dict(seed=0)
 """
 SEGMENTOR = f"""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = f'_base_ = {str(ROOT / "configs/mdeq_tiny_digits.py")!r}\n'
 GRADIENT = 'model = dict(backbone=dict(gradient=dict(_delete_=True, type={!r})))\n'
-NO_WARMUP = "custom_hooks = [dict(type='SolverStatsHook')]\n"
+NO_WARMUP = 'default_hooks = dict(warmup=dict(unrolled_iters=0, softplus_iters=0))\n'
 
 
 @pytest.mark.slow

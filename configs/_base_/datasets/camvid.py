@@ -1,6 +1,6 @@
-# CamVid, 11 classes, at 240x180, as tools/dataset_converters/camvid.py writes it. Larger pictures
-# are scaled down to 240x180 for the network; the metric compares at the labels' own size.
-dataset_type = 'BaseSegDataset'
+# CamVid, 11 classes, at 240x180, as tools/dataset_converters/camvid.py writes it. Larger images are
+# scaled down to 240x180 for the network; the metric compares at the size of the labels.
+_base_ = ['./segmentation_folders.py']
 data_root = 'data/camvid'
 crop_size = (160, 224)
 metainfo = dict(
@@ -31,15 +31,7 @@ metainfo = dict(
         [0, 128, 192],
     ],
 )
-data_preprocessor = dict(
-    type='SegDataPreProcessor',
-    mean=[123.675, 116.28, 103.53],
-    std=[58.395, 57.12, 57.375],
-    bgr_to_rgb=True,
-    pad_val=0,
-    seg_pad_val=255,
-    size=crop_size,
-)
+data_preprocessor = dict(size=crop_size)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
@@ -52,7 +44,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(240, 180), keep_ratio=True),
-    # After Resize: the labels keep their own size.
+    # After Resize, so that the labels keep their size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -75,35 +67,7 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
-        img_suffix='.png',
-        seg_map_suffix='.png',
-        metainfo=metainfo,
-        pipeline=train_pipeline,
-    ),
+    batch_size=4, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline)
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
-        img_suffix='.png',
-        seg_map_suffix='.png',
-        metainfo=metainfo,
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator

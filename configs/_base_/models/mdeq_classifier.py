@@ -1,19 +1,8 @@
-# MDEQ-small for ImageNet. Other models override widths; the head follows out_channels.
+# MDEQ-small for ImageNet. Other models override widths; the head's in_channels are the neck's
+# out_channels.
+_base_ = ['./mdeq_backbone.py']
 model = dict(
     type='ImageClassifier',
-    backbone=dict(
-        type='MDEQBackbone',
-        channels=(32, 64, 128, 256),
-        expansion=5,
-        stem_strides=(2, 2),
-        norm_cfg=dict(type='GN', num_groups=8),
-        stem_norm_cfg=dict(type='BN'),
-        solver=dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3, memory=10),
-        gradient=dict(
-            type='ImplicitGradient',
-            solver=dict(type='LimitedMemoryBroyden', max_iter=27, tol=1e-3, memory=10),
-        ),
-    ),
     neck=[
         dict(
             type='MDEQFuseNeck',

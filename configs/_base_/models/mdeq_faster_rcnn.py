@@ -1,5 +1,6 @@
 # Faster R-CNN with FPN over MDEQ-small. All scales of the equilibrium, at strides 4, 8, 16 and 32,
 # enter the pyramid; its fifth level, at stride 64, serves the proposals alone.
+_base_ = ['./mdeq_backbone.py']
 channels = (32, 64, 128, 256)
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 rpn_assigner = dict(
@@ -27,19 +28,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    backbone=dict(
-        type='MDEQBackbone',
-        channels=channels,
-        expansion=5,
-        stem_strides=(2, 2),
-        norm_cfg=dict(type='GN', num_groups=8),
-        stem_norm_cfg=norm_cfg,
-        solver=dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3, memory=10),
-        gradient=dict(
-            type='ImplicitGradient',
-            solver=dict(type='LimitedMemoryBroyden', max_iter=27, tol=1e-3, memory=10),
-        ),
-    ),
+    backbone=dict(stem_norm_cfg=norm_cfg),
     neck=dict(type='FPN', in_channels=list(channels), out_channels=256, num_outs=5),
     rpn_head=dict(
         type='RPNHead',

@@ -1,19 +1,12 @@
 # MDEQ-small for segmentation. Wider models override channels and the head's in_channels.
+_base_ = ['./mdeq_backbone.py']
 norm_cfg = dict(type='SyncBN', momentum=0.01, requires_grad=True)
 model = dict(
     type='EncoderDecoder',
     backbone=dict(
-        type='MDEQBackbone',
-        channels=(32, 64, 128, 256),
-        expansion=5,
-        stem_strides=(2, 2),
-        norm_cfg=dict(type='GN', num_groups=8),
         stem_norm_cfg=norm_cfg,
-        solver=dict(type='LimitedMemoryBroyden', max_iter=27, tol=1e-3, memory=10),
-        gradient=dict(
-            type='ImplicitGradient',
-            solver=dict(type='LimitedMemoryBroyden', max_iter=30, tol=1e-3, memory=10),
-        ),
+        solver=dict(max_iter=27),
+        gradient=dict(solver=dict(max_iter=30)),
     ),
     decode_head=dict(
         type='FCNHead',

@@ -1,4 +1,5 @@
-# 12 epochs of SGD in steps, the detectors' usual schedule, for 8 GPUs x 2 pictures.
+# 12 epochs of SGD, the rate lowered after 8 and 11: the usual schedule of detectors, for 8 GPUs x 2
+# images.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
@@ -10,4 +11,4 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=12, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+auto_scale_lr = dict(enable=False)

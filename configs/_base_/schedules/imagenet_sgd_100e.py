@@ -1,19 +1,9 @@
-# 100 epochs of SGD with Nesterov momentum, cosine to zero over iterations.
+# 100 epochs of SGD with Nesterov momentum and cosine decay.
+_base_ = ['./cosine_epochs.py']
+epochs = 100
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-5),
 )
-param_scheduler = [
-    dict(
-        type='CosineAnnealingLR',
-        T_max=100,
-        begin=0,
-        end=100,
-        by_epoch=True,
-        convert_to_iter_based=True,
-    )
-]
-train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
-auto_scale_lr = dict(enable=False, base_batch_size=128)
+param_scheduler = [dict(_base_.param_scheduler[0], T_max=epochs, end=epochs)]
+train_cfg = dict(max_epochs=epochs)

@@ -49,6 +49,7 @@ class _Reports:
     def __init__(self) -> None:
         self.forward: SolverStats | None = None
         self.backward: SolverStats | None = None
+        self.warned_of_start = False
         self._local = threading.local()
 
     @property
@@ -119,11 +120,8 @@ class ImplicitLayer(nn.Module):
         self.regularizer = regularizer
         if regularizer is not None:
             check_kind(name, 'regularizer', regularizer, JacobianRegularizer)
-        if gradient.needs_state and not solver.learns_jacobian:
-            raise TypeError(
-                f'{type(gradient).__name__} needs a forward solver that learns the Jacobian, '
-                f'LimitedMemoryBroyden or Anderson, got {type(solver).__name__}.'
-            )
+        if gradient.needs_state:
+            _check_learns(gradient, solver)
         self.iteration_seed: int | None = None
         self._reports = _Reports()
 
@@ -175,15 +173,18 @@ class ImplicitLayer(nn.Module):
 
     def _equilibrium(self, problem: Problem) -> Tensor:
         """f(z*), (N, D)."""
+        graph = torch.is_grad_enabled()
         start, solver, generator = self.start(problem, self.training), self.current_solver, None
         if self.training:
             generator = self._generator()
             solver = solver.drawn(generator)
-        if start.requires_grad and torch.is_grad_enabled():
+        if start.requires_grad and graph and not self._reports.warned_of_start:
+            self._reports.warned_of_start = True
             _warn_of_learned_start()
-        graph = torch.is_grad_enabled()
         skips = self.skip_solved and not self.training
         keeps = graph and self.gradient.needs_state
+        if keeps:
+            _check_learns(self.gradient, solver)
         rows = problem.rows if skips and not keeps and problem.separable else None
         solution = solve(problem, start, solver, keep_state=keeps, f_of_rows=rows)
         self._reports.forward = SolverStats.of(solution)
@@ -223,6 +224,15 @@ class ImplicitLayer(nn.Module):
             if getattr(self, name) is not None:
                 parts[name] = getattr(self, name)
         return ', '.join(f'{name}={part}' for name, part in parts.items())
+
+
+def _check_learns(gradient: Gradient, solver: Solver) -> None:
+    if not solver.learns_jacobian:
+        raise TypeError(
+            f'{type(gradient).__name__} needs a forward solver that learns the Jacobian, '
+            f'LimitedMemoryBroyden or Anderson, got {type(solver).__name__}. (An eval_solver may '
+            'be any, under torch.no_grad().)'
+        )
 
 
 def _problem_of(f: Callable[[Any], Any], z0: State | None) -> Problem:

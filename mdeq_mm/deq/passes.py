@@ -1,13 +1,19 @@
 """What belongs to one forward pass: f must be the same function at every call of it."""
 
+import functools
+import sys
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _local = threading.local()
 
@@ -42,19 +48,38 @@ def current_pass() -> Pass | None:
     return getattr(_local, 'current', None)
 
 
+def bound_function(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` for the calls of one forward pass: the module that it visibly calls is :func:`bound`.
+
+    Args:
+        f: A module, a method of one, or ``functools.partial`` of either. Any other function is
+            returned as it is: which modules it calls cannot be known.
+    """
+    if isinstance(f, nn.Module):
+        return bound(f)
+    if isinstance(f, functools.partial):
+        return functools.partial(bound_function(f.func), *f.args, **f.keywords)
+    if isinstance(f, MethodType) and isinstance(f.__self__, nn.Module):
+        return MethodType(f.__func__, bound(f.__self__))
+    return f
+
+
 def bound(module: nn.Module) -> nn.Module:
     """``module`` for the calls of one forward pass.
 
     The result shares parameters, buffers and hooks with ``module``, but is a tree of objects of
-    its own: weights that a parametrization computes (weight norm, spectral norm, orthogonality)
-    are computed here, once, with their graph. Nothing of it is global: passes, threads and nested
-    equilibria do not meet.
+    its own. Weights that torch computes from other tensors (weight norm, spectral norm, orthogonal
+    and other parametrizations) are computed here, once, with their graph. Nothing of it is global:
+    passes, threads and nested equilibria do not share it.
 
     A value that a module assigns to itself in ``forward`` stays with the copy and is lost with
-    it; buffers that it changes in place are not.
+    it; buffers that it changes in place are not. A module that keeps something for the time of a
+    pass has a method ``begin_pass(current)``, which is called on its copy with the pass that this
+    thread is in, or None.
 
     Args:
-        module (nn.Module): Anything; submodules that are scripted are taken as they are.
+        module (nn.Module): Any module. Scripted submodules are taken as they are, and so are those
+            that FSDP shards by themselves, whose weights exist only while they are called.
     """
     return _copy(module, {})
 
@@ -62,20 +87,43 @@ def bound(module: nn.Module) -> nn.Module:
 def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     if id(module) in made:
         return made[id(module)]
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or is_sharded(module):
         return module
     copy = object.__new__(type(module))
     made[id(module)] = copy
     values: dict[str, Any] = dict(module.__dict__)
     if parametrize.is_parametrized(module):
-        # torch makes a subclass whose properties compute the weights: the copy is of the class
-        # below it and holds them as plain values.
+        # torch makes a subclass whose properties compute the weights. The copy is of the class
+        # below it and holds them as plain values. The lists are called directly: a cache that
+        # ``parametrize.cached()`` opened may hold weights of another grad mode or thread.
         copy.__class__ = type(module).__mro__[1]
-        values.update((name, getattr(module, name)) for name in module.parametrizations)
+        values.update((name, weight()) for name, weight in module.parametrizations.items())
     values['_modules'] = {
         name: child if child is None else _copy(child, made)
         for name, child in module._modules.items()
         if name != 'parametrizations'
     }
     copy.__dict__.update(values)
+    _run_weight_hooks(copy)
+    if hasattr(type(copy), 'begin_pass'):
+        copy.begin_pass(current_pass())
     return copy
+
+
+def _run_weight_hooks(copy: nn.Module) -> None:
+    """Compute the weights that torch's older norms compute in a hook before each call."""
+    hooks = copy._forward_pre_hooks
+    weights = [key for key, hook in hooks.items() if isinstance(hook, (SpectralNorm, WeightNorm))]
+    if not weights:
+        return
+    for key in weights:
+        hooks[key](copy, None)
+    others = ((key, hook) for key, hook in hooks.items() if key not in weights)
+    copy._forward_pre_hooks = OrderedDict(others)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, in either of its forms, shards this module by itself."""
+    fsdp = sys.modules.get('torch.distributed.fsdp')
+    names = ('FullyShardedDataParallel', 'FSDPModule')
+    return isinstance(module, tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .passes import bound
+from .passes import bound, bound_function, is_sharded
 from .solvers.base import at_least_float32
 
 Shape = tuple[int, ...]
@@ -80,32 +80,36 @@ class FunctionProblem(Problem):
 
     Args:
         f: Takes what ``z0`` is and gives the same: a tensor for a tensor, a sequence of tensors
-            of the same shapes for a sequence. If it is a module, its parametrized weights are
-            computed once for the problem.
-        z0 (Tensor | Sequence[Tensor]): Where to start.
+            of the same shapes for a sequence. For a module, a method of one, or
+            ``functools.partial`` of either, parametrized weights are computed once.
+        z0 (Tensor | Sequence[Tensor]): Where to start. Parts of it in half precision are given to
+            f as such, and are float32 to the solver: in half precision no residual could fall.
 
     Raises:
-        TypeError, ValueError: If ``z0`` is none of that, is not real and floating, or empty.
+        TypeError, ValueError: If ``z0`` is none of that, is not real and floating, or empty; when
+            called, if f does not return what it was given, or changes it in place.
     """
 
     def __init__(self, f: Callable[[Any], Any], z0: State) -> None:
-        self.f = bound(f) if isinstance(f, nn.Module) else f
+        if not callable(f):
+            raise TypeError(f'f must be a function or a module, got {_describe(f)}.')
+        self.f = bound_function(f)
         self.single = isinstance(z0, Tensor)
         parts = [z0] if self.single else z0
         _check_start(parts)
         self.kind = type(z0)
-        self.shapes = [part.shape[1:] for part in parts]
+        self.shapes = _samples(parts)
         self.dtypes = [part.dtype for part in parts]
-        dtype = self.dtypes[0]
-        for other in self.dtypes[1:]:
+        dtype = torch.float32
+        for other in self.dtypes:
             dtype = torch.promote_types(dtype, other)
         self.start = self._flat([part.to(dtype) for part in parts])
-        if _caching() and torch.is_grad_enabled():
+        if self.f is f and _caching() and torch.is_grad_enabled():
             # The solve would fill the caller's cache of weights without their graph.
             self(self.start)
 
     def __call__(self, z: Tensor) -> Tensor:
-        states = self.maps(z)
+        states, version = self.maps(z), _version(z)
         try:
             out = self.f(states)
         except RuntimeError as error:
@@ -113,20 +117,27 @@ class FunctionProblem(Problem):
             if remedy is None:
                 raise
             raise RuntimeError(f'{remedy} torch says: {error}') from error
-        if isinstance(out, Tensor) != self.single:
+        _check_version(z, version)
+        parts = self._checked(out)
+        return self._flat([part.to(z.dtype) for part in parts])
+
+    def _checked(self, out: Any) -> Sequence[Tensor]:
+        """The parts of what f returned."""
+        parts = [out] if self.single else out
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Tensor) for p in parts):
             what = 'a tensor' if self.single else f'a sequence of {len(self.shapes)} tensors'
             raise TypeError(f'f was given {what} and must return the same, got {_describe(out)}.')
-        parts = [out] if self.single else list(out)
-        if [part.shape[1:] for part in parts] != self.shapes:
+        if _samples(parts) != self.shapes:
+            given, got = ([tuple(s) for s in shapes] for shapes in (self.shapes, _samples(parts)))
             raise ValueError(
-                f'f maps a state of {_shapes(states)} to {_shapes(out)}; shapes must stay.'
+                f'f was given {given} a sample and returned {got}: the shapes must be the same.'
             )
-        return self._flat([part.to(z.dtype) for part in parts])
+        return parts
 
     def maps(self, z: Tensor) -> State:
         sizes = [shape.numel() for shape in self.shapes]
         parts = [
-            part.reshape(len(z), *shape).to(dtype)
+            part.reshape(z.shape[0], *shape).to(dtype)
             for part, shape, dtype in zip(z.split(sizes, dim=1), self.shapes, self.dtypes)
         ]
         if self.single:
@@ -135,8 +146,22 @@ class FunctionProblem(Problem):
         return self.kind(*parts) if hasattr(self.kind, '_fields') else self.kind(parts)
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        flat = [p.reshape(len(p), s.numel()) for p, s in zip(parts, self.shapes)]
+        flat = [p.reshape(p.shape[0], s.numel()) for p, s in zip(parts, self.shapes)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def _version(z: Tensor) -> int | None:
+    """How often ``z`` was changed in place; None where torch does not count."""
+    return None if z.is_inference() or torch.compiler.is_compiling() else z._version
+
+
+def _check_version(z: Tensor, version: int | None) -> None:
+    if version is not None and z._version != version:
+        raise RuntimeError(
+            'f changed its argument in place, which is the iterate of the solver. Look for '
+            'operations such as relu_() or nn.ReLU(inplace=True) on the state, and make the first '
+            'of them return a new tensor.'
+        )
 
 
 def _caching() -> bool:
@@ -159,8 +184,8 @@ def _check_start(parts: Any) -> None:
             raise ValueError(
                 f'z0 must be (N, ...) with at least one value a sample, got {tuple(part.shape)}.'
             )
-        if len(part) != len(parts[0]):
-            raise ValueError(f'All parts of z0 must have one batch size, got {_shapes(parts)}.')
+        if part.shape[0] != parts[0].shape[0]:
+            raise ValueError(f'All parts of z0 must have one batch size, got {[len(p) for p in parts]}.')
 
 
 def _describe(value: Any) -> str:
@@ -170,10 +195,9 @@ def _describe(value: Any) -> str:
     return f'{type(value).__name__}{size}'
 
 
-def _shapes(value: State) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    return [tuple(part.shape) for part in value]
+def _samples(parts: Sequence[Tensor]) -> list[torch.Size]:
+    """Shapes without N."""
+    return [part.shape[1:] for part in parts]
 
 
 def _remedy(error: RuntimeError, problem: FunctionProblem) -> str | None:
@@ -185,10 +209,21 @@ def _remedy(error: RuntimeError, problem: FunctionProblem) -> str | None:
             'torch.no_grad(). Let f begin with torch.enable_grad() and a state that requires '
             'grad, and create_graph=True where it is trained.'
         )
-    if 'dtype' in text or 'scalar type' in text:
+    if any(word in text for word in ('dtype', 'scalar type', 'bias type', 'weight type')):
         dtypes = ', '.join(str(dtype) for dtype in problem.dtypes)
         return f'f was given a state of {dtypes}, the dtype of z0. Give z0 the dtype f computes in.'
     return None
+
+
+def _dtype_of_weights(cell: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the cell's weights during its calls.
+
+    ``default`` where that is unknown: the cell has no parameters, or FSDP holds them, which may
+    cast them for each call.
+    """
+    if any(is_sharded(module) for module in cell.modules()):
+        return default
+    return next((p.dtype for p in cell.parameters() if p.is_floating_point()), default)
 
 
 class CellProblem(Problem):
@@ -212,22 +247,21 @@ class CellProblem(Problem):
         self.cell = bound(cell)
         self.injection, self.channels_last, self.call = injection, channels_last, call
         self.shapes = [tuple(shape) for shape in cell.state_shapes(injection)]
-        floating = (p.dtype for p in cell.parameters() if p.is_floating_point())
-        # Without parameters of its own, as where FSDP holds them, f computes as its input was.
-        weights = next(floating, injection.dtype)
+        weights = _dtype_of_weights(cell, injection.dtype)
         # In half precision a residual could not fall: the state has at least float32, and only
         # what the cell is given is in the dtype of its weights.
         dtype = at_least_float32(torch.promote_types(weights, injection.dtype))
         self.given = weights if at_least_float32(weights) != weights else dtype
         size = sum(c * h * w for c, h, w in self.shapes)
-        self.start = injection.new_zeros(len(injection), size, dtype=dtype)
+        self.start = injection.new_zeros(injection.shape[0], size, dtype=dtype)
 
     def __call__(self, z: Tensor) -> Tensor:
-        states = unpack(z.to(self.given), self.shapes, self.channels_last)
+        states, version = unpack(z.to(self.given), self.shapes, self.channels_last), _version(z)
         if self.call is None:
             out = self.cell(states, self.injection)
         else:
             out = self.call(self.cell, states, self.injection)
+        _check_version(z, version)
         if [tuple(o.shape[1:]) for o in out] != self.shapes:
             raise ValueError(
                 f'{type(self.cell).__name__} returned maps of {[tuple(o.shape[1:]) for o in out]} '

@@ -5,7 +5,7 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..deq.passes import current_pass
+from ..deq.passes import Pass, current_pass
 from ..options import check_number, checks_options
 
 
@@ -15,7 +15,7 @@ class VariationalDropout2d(nn.Module):
     """Drops whole channels, the same ones at every call of a forward pass (paper, §3.3).
 
     An equilibrium exists only if f is the same function at each call, so the mask must not
-    change between calls. One per sample and channel is drawn in each forward pass of an
+    change between calls. A new one, per sample and channel, is drawn in each forward pass of an
     ``ImplicitLayer`` in which this module is in training mode. Distributed processes have
     different masks, even with the same seed. Outside of an implicit layer a mask stays until
     :meth:`reset`: call :func:`reset_masks` once an iteration.
@@ -29,13 +29,17 @@ class VariationalDropout2d(nn.Module):
         self.drop_rate = check_number(
             'VariationalDropout2d', 'drop_rate', drop_rate, 0, 1, open_high=True
         )
-        self._mask: Tensor | None = None
+        self._masks: dict[tuple, Tensor] = {}
         # The same for all copies that a forward pass makes of this module.
         self._key = object()
 
     def reset(self) -> None:
-        """Forget the mask; the next training call draws a new one."""
-        self._mask = None
+        """Forget the masks; the next training call draws a new one."""
+        self._masks = {}
+
+    def begin_pass(self, current: Pass | None) -> None:
+        """Called on the copy that a forward pass makes of this module."""
+        self._masks = {} if current is None else current.values.setdefault(self._key, {})
 
     def mask(self, x: Tensor) -> Tensor | None:
         """What to multiply ``x`` (N, C, H, W) by, (N, C, 1, 1); None in evaluation mode.
@@ -46,16 +50,17 @@ class VariationalDropout2d(nn.Module):
             return None
         if x.dim() != 4:
             raise ValueError(f'VariationalDropout2d takes (N, C, H, W), got {tuple(x.shape)}.')
-        shape = (x.shape[0], x.shape[1], 1, 1)
-        # A compiled call is always one of a copy that the pass made, and leaves its mask there.
+        masks = self._masks
+        # What is compiled is always a copy, which has the masks of its pass.
         current = None if torch.compiler.is_compiling() else current_pass()
         if current is not None:
-            self._mask = current.values.get(self._key)
-        if self._mask is None or self._mask.shape != shape or self._mask.device != x.device:
-            self._mask = self._draw(shape, x.device)
-        if current is not None:
-            current.values[self._key] = self._mask
-        return self._mask.to(x.dtype)
+            # Kept here, too, for calls after the pass: activation checkpointing repeats f then.
+            masks = self._masks = current.values.setdefault(self._key, {})
+        # One for each shape: f may use the module at several scales.
+        key = (x.shape[0], x.shape[1], str(x.device))
+        if key not in masks:
+            masks[key] = self._draw((x.shape[0], x.shape[1], 1, 1), x.device)
+        return masks[key].to(x.dtype)
 
     def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         keep = 1 - self.drop_rate

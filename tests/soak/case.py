@@ -282,7 +282,7 @@ class Case:
         tensors += [self.images, self.labels, self.maps]
         for module in self.model.modules():
             if isinstance(module, VariationalDropout2d):
-                tensors.append(module._mask)
+                tensors += module._masks.values()
         for state in self.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         stats = (self.backbone.implicit.forward_stats, self.backbone.implicit.backward_stats)

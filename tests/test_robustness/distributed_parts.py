@@ -81,7 +81,7 @@ class ProbeHook(Hook):
         self.net = runner.model.module.backbone
         self.net.cell.register_forward_hook(self._count)
         for index, drop in enumerate(self._dropouts()):
-            drop.register_forward_hook(lambda drop, *_, i=index: self._look(i, drop))
+            drop.register_forward_hook(lambda drop, x, _, i=index: self._look(i, drop.mask(*x)))
         named = list(runner.model.module.named_parameters())
         runner.optim_wrapper.optimizer.register_step_pre_hook(
             lambda *_: self.grads.append({key: p.grad.clone() for key, p in named})
@@ -114,8 +114,8 @@ class ProbeHook(Hook):
     def _count(self, *_) -> None:
         self.current['calls'] += 1
 
-    def _look(self, index: int, drop: VariationalDropout2d) -> None:
-        self.current['masks'][index].append(drop._mask.clone())
+    def _look(self, index: int, mask: Tensor) -> None:
+        self.current['masks'][index].append(mask.clone())
 
 
 class TinyNet(BaseModel):

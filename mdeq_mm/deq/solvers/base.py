@@ -363,10 +363,10 @@ def _iterate(
         # Autocast is for f: the solver's own products stay in the precision of its state.
         with torch.autocast(z.device.type, enabled=False):
             step = solver.step(state, g, step)
-        if outcome.num_active != len(z):
+        if outcome.num_active != z.shape[0]:
             step = step.masked_fill(~record.active[:, None], 0)
         z = z + step if free is borrowed else torch.add(z, step, out=free)
-        if f_of_rows is not None and _few(outcome.num_active, len(z)):
+        if f_of_rows is not None and _few(outcome.num_active, z.shape[0]):
             _go_on_with_active(z, step, state, record, f_of_rows)
             break
 

@@ -1,0 +1,46 @@
+"""The formulas of the operations through torch.compile: Triton on a GPU, C++ on a CPU."""
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formulas
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The operation ``name``, as ``torch.ops.mdeq_mm`` has it."""
+    if name.startswith('_') or not hasattr(formulas, name):
+        raise AttributeError(f'there is no operation {name!r}')
+    return functools.partial(_run, name)
+
+
+def _run(name: str, *args: Any) -> Any:
+    formula = getattr(formulas, name)
+    if torch.compiler.is_compiling():
+        # Part of what is being compiled.
+        return formula(*args)
+    first = args[0]
+    key = tuple(_static(value) for value in args)
+    return _compiled(name, first.device.type, first.shape[1], key)(*args)
+
+
+def _static(value: Any) -> Any:
+    """What of an argument is part of the program: all but the size and values of tensors."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    return tuple(_static(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def _compiled(name: str, *key: Any) -> Callable[..., Any]:
+    """A program for one kind of call. ``key`` makes it one of its own."""
+    formula = getattr(formulas, name)
+    # torch counts recompilations by code object and gives up at eight, which the norms of one
+    # network can exceed: each program gets a code object of its own.
+    code = formula.__code__.replace()
+    own = FunctionType(code, formula.__globals__, f'{name}_{len(key)}', formula.__defaults__)
+    return torch.compile(own)

@@ -1,0 +1,184 @@
+"""The C++ operations: built once on each kind of machine, then loaded."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_LOG = logging.getLogger('mdeq_mm')
+_SOURCES = Path(__file__).parent / 'csrc'
+# No -ffast-math: a solver looks for NaN. OpenMP is torch's own, found where torch is loaded: a
+# second one would bring threads of its own.
+_FLAGS = (
+    '-O2 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
+    '-Wno-psabi -Wno-ignored-attributes'
+).split()
+_lock = threading.Lock()
+
+
+def load() -> str | None:
+    """Load the operations as ``torch.ops.mdeq_mm``, and build them if this machine has not yet.
+
+    A build takes about a minute; one line says so. It is kept in ``TORCH_EXTENSIONS_DIR``, by
+    default ``~/.cache/torch_extensions``.
+
+    Returns:
+        str | None: Why there are none, None if there are. The second call knows.
+    """
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    reason = _obstacle()
+    if reason is None:
+        try:
+            _load_or_build()
+        except (ImportError, OSError, RuntimeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f'the build failed: {_first_error(lines)}'
+    if reason is not None:
+        _LOG.warning('Operations of f run by torch alone, without mdeq_mm.kernels: %s', reason)
+    return reason
+
+
+def _first_error(lines: list[str]) -> str:
+    """The line of a compiler's output that says most."""
+    errors = [line for line in lines if 'error:' in line]
+    return (errors or lines)[0].strip()
+
+
+def _obstacle() -> str | None:
+    """What keeps this machine from building or loading them."""
+    if sys.platform == 'win32':
+        return 'they are written for GCC and Clang, which torch does not use on Windows.'
+    if _library().is_file():
+        return None
+    compiler = shlex.split(os.environ.get('CXX', 'c++'))[0]
+    if shutil.which(compiler) is None:
+        return f'no C++ compiler {compiler!r} was found. Install one (g++), or name it by CXX.'
+    if shutil.which('ninja') is None and importlib.util.find_spec('ninja') is None:
+        return 'torch builds extensions with ninja, which was not found: pip install ninja.'
+    return None
+
+
+def _load_or_build() -> None:
+    library = _library()
+    if library.is_file():
+        torch.ops.load_library(library)
+    else:
+        with _folder(library) as folder, _one_process(folder):
+            if library.is_file():
+                torch.ops.load_library(library)
+            else:
+                _build(folder)
+    _register_shapes()
+
+
+def _library() -> Path:
+    """Where the build for this torch and this processor lies."""
+    root = os.environ.get('TORCH_EXTENSIONS_DIR')
+    root = Path(root) if root else Path.home() / '.cache' / 'torch_extensions'
+    name = f'mdeq_mm_kernels_{_fingerprint()}'
+    return root / name / f'{name}.so'
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Differs wherever a build could not be shared: a home directory may serve many machines."""
+    parts = [torch.__version__, platform.machine(), _processor(), *_FLAGS]
+    parts += [path.read_text() for path in sorted(_SOURCES.iterdir())]
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The instruction sets, for which -march=native builds."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.lower().startswith(('flags', 'features')):
+                return ' '.join(sorted(line.partition(':')[2].split()))
+    return platform.processor()
+
+
+@contextlib.contextmanager
+def _folder(library: Path) -> Iterator[Path]:
+    """The folder of the library, or one for this process alone where it cannot be written."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=library.parent).close()
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix='mdeq_mm_kernels_') as folder:
+            yield Path(folder)
+    else:
+        yield library.parent
+
+
+@contextlib.contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with its process, so that one builds and the others find it."""
+    import fcntl
+
+    with open(folder / 'lock', 'w') as file:
+        # Without locks, as on some network drives, each builds; the last to finish stays.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path) -> None:
+    _LOG.warning(
+        'Building the C++ operations of f into %s: about a minute, once on this machine. '
+        "norm_kernel='native' does without.",
+        folder,
+    )
+    from torch.utils import cpp_extension
+
+    # Elsewhere first: an interrupted build leaves nothing that looks like a whole one.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _ninja_on_path():
+        name = folder.name
+        cpp_extension.load(
+            name,
+            [str(_SOURCES / 'ops.cpp')],
+            extra_cflags=_FLAGS,
+            build_directory=scratch,
+            with_cuda=False,
+            is_python_module=False,
+        )
+        os.replace(Path(scratch) / f'{name}.so', folder / f'{name}.so')
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find the ninja of the package index where its environment is not activated."""
+    if shutil.which('ninja') is not None:
+        yield
+        return
+    import ninja
+
+    before = os.environ.get('PATH', '')
+    os.environ['PATH'] = os.pathsep.join([before, ninja.BIN_DIR])
+    try:
+        yield
+    finally:
+        os.environ['PATH'] = before
+
+
+def _register_shapes() -> None:
+    """Tell torch.compile what the operations return, without running them."""
+    from . import shapes
+
+    for name, function in shapes.ALL.items():
+        torch.library.register_fake(f'mdeq_mm::{name}', function)

@@ -1,0 +1,75 @@
+"""Group norm and rectifiers by torch's operators."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A group norm. Scale and shift are (C,), or None for none."""
+
+    groups: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+    @property
+    def learns(self) -> bool:
+        """Whether scale or shift want a gradient."""
+        tensors = (self.weight, self.bias)
+        return any(t is not None and t.requires_grad for t in tensors)
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """The dtype in which a map is computed with: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def native_norm(x: Tensor, norm: Norm) -> Tensor:
+    """Group norm by torch, (N, C, ...) in and out, in the dtype of ``x`` also under autocast."""
+    device = x.device.type
+    # The meta device of shape and FLOP counters knows no autocast.
+    if device == 'meta' or not torch.is_autocast_enabled(device):
+        return _group_norm(x, norm)
+    with torch.autocast(device, enabled=False):
+        return _group_norm(x, norm)
+
+
+def _group_norm(x: Tensor, norm: Norm) -> Tensor:
+    weight, bias = norm.weight, norm.bias
+    # The CPU kernel takes float32 scales beside low-precision maps, the others do not.
+    if weight is not None and weight.dtype != x.dtype and x.device.type != 'cpu':
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    # F.group_norm refuses groups of one value, which batch norm could not train on. Here they are
+    # as good as any: an image of one pixel, normalized to zero.
+    return torch.group_norm(x, norm.groups, weight, bias, norm.eps)
+
+
+def native_rectify(x: Tensor, smooth: bool) -> Tensor:
+    """Softplus, or ReLU in place."""
+    return F.softplus(x) if smooth else F.relu(x, inplace=True)
+
+
+def native_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again.
+
+    Args:
+        function: Built from torch's operators.
+        inputs: What it is given.
+        needs: Which of ``inputs`` want a gradient; None is returned for the others.
+        grad (Tensor): Gradient of the result.
+    """
+    if not any(needs):
+        return [None] * len(needs)
+    # Views: the gradient must end at them even where one input was computed from another.
+    views = [x.view_as(x) if need else x for x, need in zip(inputs, needs)]
+    with torch.enable_grad():
+        out = function(*views)
+    wanted = [view for view, need in zip(views, needs) if need]
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]

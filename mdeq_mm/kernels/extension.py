@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..deq.solvers.products import register_products
+from .products import CppProducts
+
 _LOG = logging.getLogger('mdeq_mm')
 _SOURCES = Path(__file__).parent / 'csrc'
 # No -ffast-math: a solver looks for NaN. OpenMP is torch's own, found where torch is loaded: a
@@ -86,6 +89,7 @@ def _load_or_build() -> None:
             else:
                 _build(folder)
     _register_shapes()
+    register_products('cpu', CppProducts())
 
 
 def _library() -> Path:
@@ -151,7 +155,7 @@ def _build(folder: Path) -> None:
         name = folder.name
         cpp_extension.load(
             name,
-            [str(_SOURCES / 'ops.cpp')],
+            [str(path) for path in sorted(_SOURCES.glob('*.cpp'))],
             extra_cflags=_FLAGS,
             build_directory=scratch,
             with_cuda=False,

@@ -298,7 +298,8 @@ def solve(
         raise ValueError(
             f'z0 must be a real floating-point tensor (N, D), got {z0.dtype} {tuple(z0.shape)}.'
         )
-    z0 = z0.detach()
+    # Rows in one piece, and with them all buffers made like it.
+    z0 = z0.detach().contiguous()
     record, state = _Record(z0, solver), solver.init(z0)
     if keep_state or not record.asks:
         f_of_rows = None

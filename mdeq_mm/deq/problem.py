@@ -30,16 +30,17 @@ def pack(features: Sequence[Tensor], channels_last: bool = False) -> Tensor:
 
 def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> list[Tensor]:
     """(N, D) -> [(N, Ci, Hi, Wi)], the inverse of :func:`pack`, as views."""
-    features, start = [], 0
-    for c, h, w in shapes:
-        part = z[:, start : start + c * h * w]
-        start += c * h * w
+    sizes = [c * h * w for c, h, w in shapes]
+    if sum(sizes) != z.shape[1]:
+        raise ValueError(f'{z.shape[1]} values a sample do not fill the shapes {list(shapes)}.')
+    # One split, not a slice a scale: its gradient is one concatenation, theirs are states of
+    # zeros that have to be added up.
+    features = []
+    for part, (c, h, w) in zip(z.split(sizes, dim=1), shapes):
         if channels_last:
             features.append(part.unflatten(1, (h, w, c)).permute(0, 3, 1, 2))
         else:
             features.append(part.unflatten(1, (c, h, w)))
-    if start != z.shape[1]:
-        raise ValueError(f'{z.shape[1]} values a sample do not fill the shapes {list(shapes)}.')
     return features
 
 

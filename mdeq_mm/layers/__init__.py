@@ -1,5 +1,5 @@
 from .conv import MDEQConv2d
-from .group_norm import MDEQGroupNorm, build_norm, check_groups
+from .group_norm import MDEQGroupNorm, build_norm, check_groups, fusible, has_hooks
 from .variational_dropout import VariationalDropout2d, reset_masks
 
 __all__ = [
@@ -8,5 +8,7 @@ __all__ = [
     'VariationalDropout2d',
     'build_norm',
     'check_groups',
+    'fusible',
+    'has_hooks',
     'reset_masks',
 ]

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..options import checks_options
+from ..kernels import KERNELS, Norm, norm_relu
+from ..options import check_choice, checks_options
 
 
 def check_groups(
@@ -37,7 +37,7 @@ class MDEQGroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` that keeps the dtype of its input under autocast.
 
     Autocast runs group norm in float32 and so doubles the traffic of every map of f. Here the
-    maps stay in low precision; the kernels still take mean and variance in float32. In a config:
+    maps stay in low precision; mean and variance are taken in float32. In a config:
     ``norm_cfg=dict(type='MDEQGroupNorm', num_groups=8)``.
 
     Args:
@@ -45,30 +45,47 @@ class MDEQGroupNorm(nn.GroupNorm):
         num_groups (int): Groups; must divide the channels.
         eps (float): Added to the variance.
         affine (bool): Learn a scale and a shift per channel.
+        kernel (str): What computes it, one of :data:`mdeq_mm.kernels.KERNELS`.
     """
 
     def __init__(
-        self, num_features: int, num_groups: int = 8, eps: float = 1e-5, affine: bool = True
+        self,
+        num_features: int,
+        num_groups: int = 8,
+        eps: float = 1e-5,
+        affine: bool = True,
+        kernel: str = 'auto',
     ) -> None:
-        check_groups(num_features, num_groups, type(self).__name__)
+        name = type(self).__name__
+        check_groups(num_features, num_groups, name)
         super().__init__(num_groups, num_features, eps=eps, affine=affine)
+        self.kernel = check_choice(name, 'kernel', kernel, KERNELS)
+
+    @property
+    def norm(self) -> Norm:
+        """What the operations of :mod:`mdeq_mm.kernels` take."""
+        return Norm(self.num_groups, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        # The meta device of shape and FLOP counters knows no autocast.
-        if device == 'meta' or not torch.is_autocast_enabled(device):
-            return self._normalize(x, self.weight, self.bias)
-        with torch.autocast(device, enabled=False):
-            weight, bias = self.weight, self.bias
-            # The CPU kernel takes float32 affine beside low-precision maps, the others do not.
-            if self.affine and device != 'cpu':
-                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-            return self._normalize(x, weight, bias)
+        return norm_relu(x, self.norm, relu=False, kernel=self.kernel)
 
-    def _normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        # F.group_norm refuses groups of one value, which batch norm could not train on. Here they
-        # are as good as any: an image of one pixel, normalized to zero.
-        return torch.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+def fusible(*modules: nn.Module) -> bool:
+    """Whether all are group norms whose result nobody but the next operation looks at.
+
+    Subclasses and modules with hooks are called as modules.
+    """
+    return all(type(m) is MDEQGroupNorm and not has_hooks(m) for m in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def build_norm(norm_cfg: dict[str, Any], channels: int, halve_groups: bool = False) -> nn.Module:

@@ -56,6 +56,9 @@ class MDEQBackbone(BaseModule):
         upsample (str): ``'nearest'`` as in the released weights, ``'bilinear'`` as in the paper.
         norm_cfg (dict): Normalization in f.
         stem_norm_cfg (dict): Normalization in stem and injection.
+        norm_kernel (str): What computes norms, rectifiers and sums of f: ``'native'`` torch's
+            operators, ``'cpp'`` C++ built at first use, on CPUs, ``'compiled'`` torch.compile.
+            ``'auto'`` is ``'cpp'`` on a CPU that has a compiler, ``'native'`` elsewhere.
         cell (dict, optional): Another f in the place of :class:`MDEQCell`: a module with
             ``forward(states, injection)`` and ``state_shapes(injection)``, registered in MM's
             ``MODELS``. Its first scale takes the injection, (N, channels[0], H, W).
@@ -93,6 +96,7 @@ class MDEQBackbone(BaseModule):
         upsample: str = 'nearest',
         norm_cfg: Config = dict(type='GN', num_groups=8),
         stem_norm_cfg: Config = dict(type='BN'),
+        norm_kernel: str = 'auto',
         cell: Config | None = None,
         solver: Config = dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3),
         gradient: Config = dict(
@@ -141,6 +145,7 @@ class MDEQBackbone(BaseModule):
             drop_rate=drop_rate,
             weight_norm=weight_norm,
             upsample=upsample,
+            norm_kernel=norm_kernel,
         )
         self.cell = MDEQCell(**f) if cell is None else _build_cell(name, cell, expansion, **f)
         self.implicit = build_implicit(

@@ -3,12 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..layers import MDEQConv2d, VariationalDropout2d, build_norm, check_groups
+from ..kernels import KERNELS, Term, norm_relu, residual_norms, sum_rectify
+from ..layers import (
+    MDEQConv2d,
+    MDEQGroupNorm,
+    VariationalDropout2d,
+    build_norm,
+    check_groups,
+    fusible,
+    has_hooks,
+)
 from ..options import check_choice, checks_options
 
 
@@ -51,16 +61,42 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z: Tensor, injection: Tensor = None, smooth: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ``injection`` only reaches the first scale."""
-        out = F.relu(self.norm1(self.conv1(z)), inplace=True)
-        out = self.drop(self.conv2(out))
+        z = _dense(z)
+        out = self.conv2(_norm(self.norm1, self.conv1(z)))
+        if fusible(self.norm2, self.norm3) and not has_hooks(self.drop):
+            mask, kernel = self.drop.mask(out), self.norm2.kernel
+            return residual_norms(
+                out, z, self.norm2.norm, self.norm3.norm, injection, mask, smooth, kernel
+            )
+        out = self.drop(out)
         if injection is not None:
             out = out + injection
-        return self.norm3(_rectify(self.norm2(out) + z, smooth))
+        out = self.norm2(out) + z
+        return self.norm3(F.softplus(out) if smooth else F.relu(out, inplace=True))
 
 
-def _rectify(x: Tensor, smooth: bool) -> Tensor:
-    """ReLU in place, or softplus, whose slope has no jump at the zero that z starts from."""
-    return F.softplus(x) if smooth else F.relu(x, inplace=True)
+def _dense(z: Tensor) -> Tensor:
+    """A map of the flat state in memory of its own, in the dtype that convolutions take.
+
+    Both its convolution and its sum would make that of it for themselves.
+    """
+    device = z.device.type
+    if device != 'meta' and torch.is_autocast_enabled(device):
+        z = z.to(torch.get_autocast_dtype(device))
+    last = z.stride(1) == 1
+    return z.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _norm(norm: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
+    """ReLU of the norm of what a convolution gave, and nothing else needs."""
+    if fusible(norm):
+        return norm_relu(x, norm.norm, relu, norm.kernel, inplace=True)
+    return F.relu(norm(x), inplace=True) if relu else norm(x)
+
+
+def _term(norm: nn.Module, x: Tensor) -> Term:
+    """A normalized map, to be added to others."""
+    return Term(x, norm.norm) if fusible(norm) else Term(norm(x))
 
 
 class Downsample(nn.Sequential):
@@ -78,6 +114,14 @@ class Downsample(nn.Sequential):
                 layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
 
+    def forward(self, x: Tensor) -> Term:
+        """(N, Cj, Hj, Wj) -> the term of the sum, its last norm left to the sum."""
+        layers = list(self)
+        *steps, (conv, norm) = zip(layers[::3], layers[1::3])
+        for inner, inner_norm in steps:
+            x = _norm(inner_norm, inner(x))
+        return _term(norm, conv(x))
+
 
 class Upsample(nn.Module):
     """From a lower resolution to a higher: 1x1 convolution and norm at the low one, then resize.
@@ -93,12 +137,15 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = _conv(cin, cout, 1)
         self.norm = build_norm(norm_cfg, cout)
-        self.resize = dict(mode=mode)
-        if mode == 'bilinear':
-            self.resize['align_corners'] = False
+        self.mode = mode
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return F.interpolate(self.norm(self.conv(x)), size=tuple(size), **self.resize)
+    def forward(self, x: Tensor, size: Sequence[int]) -> Term:
+        """(N, Cj, Hj, Wj) -> the term of a sum of ``size``; the sum itself resizes to the nearest."""
+        x = self.conv(x)
+        if self.mode == 'nearest':
+            return _term(self.norm, x)
+        x = self.norm(x)
+        return Term(F.interpolate(x, size=tuple(size), mode=self.mode, align_corners=False))
 
 
 class Fusion(nn.Module):
@@ -110,6 +157,7 @@ class Fusion(nn.Module):
         norm_cfg (dict): Normalization; the last norm takes half the groups.
         weight_norm (bool): Weight-normalize the last convolution.
         upsample (str): Mode of :class:`Upsample`.
+        kernel (str): What computes the sum, one of :data:`mdeq_mm.kernels.KERNELS`.
     """
 
     def __init__(
@@ -119,9 +167,10 @@ class Fusion(nn.Module):
         norm_cfg: dict[str, Any],
         weight_norm: bool,
         upsample: str,
+        kernel: str,
     ) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.kernel = index, kernel
         target = channels[index]
         self.sources = nn.ModuleDict()
         for j, width in enumerate(channels):
@@ -134,17 +183,14 @@ class Fusion(nn.Module):
 
     def forward(self, features: Sequence[Tensor], smooth: bool = False) -> Tensor:
         """[(N, Ci, Hi, Wi)] -> (N, C, H, W) of the target scale."""
-        total = features[self.index]
-        size = total.shape[-2:]
-        # The first sum makes a new tensor, so that the later ones may be in place.
-        in_place = False
-        for j, path in self.sources.items():
-            source = features[int(j)]
-            term = path(source, size) if int(j) > self.index else path(source)
-            total = total.add_(term) if in_place else total + term
-            in_place = True
-        total = _rectify(total, smooth) if in_place else _rectify(total.clone(), smooth)
-        return self.norm(self.conv(total))
+        own = features[self.index]
+        size = own.shape[-2:]
+        terms = [
+            path(features[int(j)], size) if int(j) > self.index else path(features[int(j)])
+            for j, path in self.sources.items()
+        ]
+        total = sum_rectify(own, terms, smooth, self.kernel)
+        return _norm(self.norm, self.conv(total), relu=False)
 
 
 @MODELS.register_module()
@@ -160,6 +206,8 @@ class MDEQCell(nn.Module):
         weight_norm (bool): Weight-normalize the convolutions of the blocks and the last one of
             every fusion.
         upsample (str): ``'nearest'`` or ``'bilinear'``.
+        norm_kernel (str): What computes norms, rectifiers and sums: ``'native'``, ``'cpp'``,
+            ``'compiled'`` or ``'auto'``; see :mod:`mdeq_mm.kernels`.
     """
 
     def __init__(
@@ -170,9 +218,11 @@ class MDEQCell(nn.Module):
         drop_rate: float = 0.0,
         weight_norm: bool = True,
         upsample: str = 'nearest',
+        norm_kernel: str = 'auto',
     ) -> None:
         super().__init__()
         check_choice('MDEQCell', 'upsample', upsample, ('nearest', 'bilinear'))
+        check_choice('MDEQCell', 'norm_kernel', norm_kernel, KERNELS)
         for i, c in enumerate(channels):
             # Before the wider inner norms, whose widths the user never wrote, can complain.
             check_groups(
@@ -183,8 +233,12 @@ class MDEQCell(nn.Module):
             ResidualBlock(c, expansion, norm_cfg, drop_rate, weight_norm) for c in channels
         )
         self.fusions = nn.ModuleList(
-            Fusion(i, channels, norm_cfg, weight_norm, upsample) for i in range(len(channels))
+            Fusion(i, channels, norm_cfg, weight_norm, upsample, norm_kernel)
+            for i in range(len(channels))
         )
+        for module in self.modules():
+            if isinstance(module, MDEQGroupNorm):
+                module.kernel = norm_kernel
         #: Softplus in place of the last ReLU of blocks and fusions (paper, §3.3).
         self.smooth = False
 

@@ -249,18 +249,3 @@ class TestGetFlops:
         pytest.importorskip('torchdiffeq')
         with pytest.raises(SystemExit, match='0 MDEQBackbone'):
             get_flops.main([str(REPO / 'configs/node_cifar10.py')])
-
-
-def test_benchmark_runs(tiny):
-    flags = ['--suite', 'solver', '--repeats', '1', '--batch', '1', '--nfe', '4']
-    code, out, err = run('benchmark', *flags, '--device', 'cpu', '--out', 'bench')
-    assert code == 0, err
-    result = json.loads(Path('bench/solver.json').read_text())
-    assert result['ratio']['f alone'] == 1 and len(result['median']) == 7
-    assert Path('bench/solver.png').is_file()
-
-
-def test_benchmark_of_two_processes(tiny):
-    code = 'import benchmark; assert len(benchmark.processes(1, 2, 2)["ratio"]) == 3'
-    path = os.pathsep.join([str(REPO / 'tools/analysis_tools'), *sys.path])
-    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONPATH': path})

@@ -1,0 +1,77 @@
+"""Suite step: a training step beside other implementations of the same and of other work."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nets import TINY, Torchdeq, backbone, calls_alone, resnet101, train_step
+from timing import Result, Step, interleaved, matmul_rate
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Time a step of the tiny network, of what else does the same, and its lower bound."""
+    x = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    steps = candidates(args, x)
+    samples = interleaved(steps, args.repeats, args.device)
+    base = 'torchdeq broyden' if 'torchdeq broyden' in samples else 'mdeq_mm Broyden'
+    caption = f'training step, batch {args.batch}, {args.nfe}+{args.nfe} NFE'
+    result = Result.of(samples, base, caption)
+    print(f'\n{result}')
+    operations = count_operations(steps['mdeq_mm Broyden'])
+    return dict(result.to_dict(), **limits(result, operations, args.device))
+
+
+def candidates(args: argparse.Namespace, x: torch.Tensor) -> dict[str, Step]:
+    """The steps to time, by name."""
+    device, nfe, bf16 = args.device, args.nfe, torch.bfloat16
+    net = backbone(device, nfe, **TINY)
+
+    def step(dtype: torch.dtype | None = None, **options: Any) -> Step:
+        return train_step(backbone(device, nfe, **TINY, **options), x, dtype)
+
+    steps: dict[str, Step] = {
+        'mdeq_mm Broyden': step(),
+        'mdeq_mm Broyden, bf16': step(bf16),
+        'mdeq_mm Anderson': step(solver='Anderson'),
+        'mdeq_mm plain': step(solver='FixedPointIteration'),
+        'mdeq_mm Broyden + phantom': step(gradient=dict(type='PhantomGradient')),
+        'mdeq_mm Broyden + Jacobian-free': step(gradient=dict(type='JacobianFreeGradient')),
+        f'{nfe} unrolled layers': step(unrolled_layers=nfe),
+        'calls alone': calls_alone(net, x, nfe, None),
+        'calls alone, bf16': calls_alone(net, x, nfe, bf16),
+        'ResNet-101 (mmpretrain)': train_step(resnet101(device), x),
+    }
+    try:
+        for name in ('broyden', 'anderson', 'fixed_point_iter'):
+            module = Torchdeq(backbone(device, **TINY), nfe, name, ift=True)
+            steps[f'torchdeq {name}'] = train_step(module, x)
+    except ImportError:
+        print('  torchdeq is not installed (pip install torchdeq): left out')
+    return steps
+
+
+def count_operations(function: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def limits(result: Result, operations: int, device: str) -> dict[str, Any]:
+    """How far a step and its calls alone are from the speed of a large matrix product."""
+    found = {}
+    for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
+        rate = matmul_rate(device, dtype)
+        found[f'limit_{name}'] = dict(operations=operations, rate=rate, seconds=operations / rate)
+        suffix = ', bf16' if name == 'bfloat16' else ''
+        ratio, alone = (
+            result.minimum[case + suffix] * rate / operations
+            for case in ('mdeq_mm Broyden', 'calls alone')
+        )
+        print(
+            f'  {name}: {operations / 1e9:.0f} GFLOP a step, matmul {rate / 1e9:.0f} GFLOP/s; the '
+            f'step takes {ratio:.2f} times this limit, its calls alone {alone:.2f}'
+        )
+    return found

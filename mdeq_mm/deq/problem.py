@@ -186,9 +186,8 @@ def _check_start(parts: Any) -> None:
                 f'z0 must be (N, ...) with at least one value a sample, got {tuple(part.shape)}.'
             )
         if part.shape[0] != parts[0].shape[0]:
-            raise ValueError(
-                f'All parts of z0 must have one batch size, got {[len(p) for p in parts]}.'
-            )
+            sizes = [part.shape[0] for part in parts]
+            raise ValueError(f'All parts of z0 must have one batch size, got {sizes}.')
 
 
 def _describe(value: Any) -> str:

@@ -16,7 +16,7 @@ from .config import (
 )
 from .data import check_data
 from .dataset_folder import write_dataset
-from .model import build_model, find_backbone, load_model
+from .model import build_model, evaluations_allowed, find_backbone, load_model
 from .runner import build_runner, leave_process_group
 from .scales import check_scales
 
@@ -30,6 +30,7 @@ __all__ = [
     'check_checkpoint',
     'check_data',
     'check_scales',
+    'evaluations_allowed',
     'find_backbone',
     'find_resumable_checkpoint',
     'fit_to_machine',

@@ -140,7 +140,7 @@ class Upsample(nn.Module):
         self.mode = mode
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Term:
-        """(N, Cj, Hj, Wj) -> the term of a sum of ``size``; the sum itself resizes to the nearest."""
+        """(N, Cj, Hj, Wj) -> the term of a sum of ``size``, which resizes to the nearest."""
         x = self.conv(x)
         if self.mode == 'nearest':
             return _term(self.norm, x)

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
+from mdeq_mm.deq import Anderson, Problem
 from tools.analysis_tools import accuracy_vs_nfe, get_flops, inference, plot_convergence
 
 from ..mini_datasets import write_cityscapes, write_class_folders
@@ -101,11 +102,13 @@ class TestPlotConvergence:
         assert best.item() == pytest.approx(min(row[0] for row in one['mean']), rel=1e-4)
 
     def test_scales_add_up_to_the_whole(self):
-        rows = []
-        recorder = plot_convergence.Recorder.__new__(plot_convergence.Recorder)
-        torch.nn.Module.__init__(recorder)
-        recorder.shapes = [(1, 2, 2), (1, 1, 1)]
-        recorder._recorded(lambda z: 2 * z + 1, rows)(torch.tensor([[0.0, 0, 0, 0, 1]]))
+        class Doubled(Problem):
+            start, shapes = torch.tensor([[0.0, 0, 0, 0, 1]]), [(1, 2, 2), (1, 1, 1)]
+
+            def __call__(self, z):
+                return 2 * z + 1
+
+        rows, _ = plot_convergence.residuals(Doubled(), Anderson(max_iter=1))
         # f(z) - z = (1 1 1 1 | 2), f(z) = (1 1 1 1 | 3)
         wanted = [(8 / 13) ** 0.5, 1, 2 / 3]
         assert rows[0].tolist() == pytest.approx(wanted)
@@ -221,11 +224,11 @@ class TestGetFlops:
         blocks = (full + half) * 2 * (9 * 8 * 8)
         # One stride-2 3x3 down and one 1x1 up (both at half size), a 1x1 at the end of each.
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
-        assert cost.call[1] == 2 * (blocks + fusion)
+        assert cost.evaluation[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
         parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
-        assert cost.total[1] == cost.stem[1] + 4 * cost.call[1] + cost.head[1]
+        assert cost.total[1] == cost.stem[1] + 4 * cost.evaluation[1] + cost.head[1]
 
     def test_agrees_with_a_count_of_the_real_forward(self, tiny):
         options = ['--cfg-options', 'model.backbone.solver.tol=0']
@@ -243,7 +246,7 @@ class TestGetFlops:
     def test_default_shape_and_unrolled_nets(self, tiny, capsys):
         options = ['--cfg-options', 'model.backbone.unrolled_layers=5', 'crop_size=(32,64)']
         assert get_flops.main(['seg.py', *options]).nfe == 5
-        assert 'one picture of 32 x 64' in capsys.readouterr().out
+        assert 'one image of 32 x 64' in capsys.readouterr().out
 
     def test_a_model_without_mdeq(self, tiny):
         pytest.importorskip('torchdiffeq')

@@ -10,6 +10,7 @@ from mdeq_mm.apis import (
     check_checkpoint,
     check_data,
     check_scales,
+    evaluations_allowed,
     find_backbone,
     fit_to_machine,
     load_config,
@@ -76,11 +77,10 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
     implicit = find_backbone(runner.model).implicit
     if implicit.unrolled_layers:
         raise ValueError(f'this net unrolls {implicit.unrolled_layers} layers; it solves nothing')
-    implicit.eval()
     found = []
     for count in counts:
-        implicit.current_solver.max_iter = count
-        metrics = {name: float(value) for name, value in runner.test().items()}
+        with evaluations_allowed(implicit, count):
+            metrics = {name: float(value) for name, value in runner.test().items()}
         scalars = runner.message_hub.log_scalars
         names = [key for key in scalars if key.startswith('test/test/deq_')]
         deq = {key.removeprefix('test/test/'): scalars[key].current() for key in names}

@@ -12,6 +12,7 @@ from typing import Any
 from mdeq_mm.apis import (
     add_cfg_options,
     add_device_argument,
+    evaluations_allowed,
     find_backbone,
     load_config,
     load_model,
@@ -97,11 +98,8 @@ def predict_by_calls(
     calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
-        if implicit.unrolled_layers:
-            implicit.unrolled_layers = number
-        else:
-            implicit.current_solver.max_iter = number
-        sample = predict(model, data)
+        with evaluations_allowed(implicit, number):
+            sample = predict(model, data)
         stats = implicit.forward_stats
         found.append((sample, None if stats is None else float(stats.residual[0])))
     return found

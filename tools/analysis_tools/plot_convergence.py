@@ -1,13 +1,14 @@
 """Plot how the solvers approach the equilibrium (paper, Figure 5), over all scales and for each.
 
 For some batches of the config's test data, Broyden, Anderson and plain iteration solve the same
-z = f(z) with the same number of calls of f. The picture shows the relative residual
-|f(z) - z| / |f(z)| of the iterate at each call: the mean over the batches, and from the lowest
-to the highest of them. The numbers go into a JSON file beside the picture.
+z = f(z) with the same number of evaluations of f. The plot shows the relative residual
+|f(z) - z| / |f(z)| of the iterate at each evaluation: the mean over the batches, and from the
+lowest to the highest of them. The numbers go into a JSON file beside the picture.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,15 +22,20 @@ from mdeq_mm.apis import (
     load_model,
     one_line_errors,
 )
-from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
-from mdeq_mm.deq.solvers.base import Function
-from mdeq_mm.models import MDEQBackbone
+from mdeq_mm.deq import (
+    Anderson,
+    FixedPointIteration,
+    LimitedMemoryBroyden,
+    Problem,
+    Solver,
+    solve,
+    spectral_radius,
+)
 
 import torch
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 COLOURS = {'Broyden': 'tab:blue', 'Anderson': 'tab:green', 'plain iteration': 'tab:orange'}
 
@@ -40,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint; random weights without')
     parser.add_argument('--batches', type=int, default=5, help='batches of the test data')
-    parser.add_argument('--nfe', type=int, default=30, help='calls of f for each solver')
+    parser.add_argument('--nfe', type=int, default=30, help='evaluations of f for each solver')
     parser.add_argument('--memory', type=int, default=10, help='steps Broyden and Anderson keep')
     parser.add_argument('--out', default='work_dirs/convergence.png', help='picture to write')
     add_cfg_options(parser)
@@ -52,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_solvers(nfe: int, memory: int) -> dict[str, Solver]:
-    """Give the solvers by name, none of which stops before ``nfe`` calls."""
+    """Give the solvers by name, none of which stops before ``nfe`` evaluations."""
     limits = dict(max_iter=nfe, tol=0)
     return {
         'Broyden': LimitedMemoryBroyden(memory=memory, **limits),
@@ -61,53 +67,39 @@ def make_solvers(nfe: int, memory: int) -> dict[str, Solver]:
     }
 
 
-class Recorder(nn.Module):
-    """Stands in for a backbone's implicit layer and keeps the residuals of several solves.
-
-    Args:
-        backbone (MDEQBackbone): Whose equilibrium it is; the recorder takes its place in there.
-        solvers (dict[str, Solver]): The solvers to compare, by name.
+@dataclass
+class Record:
+    """How several solvers approached the same equilibria.
 
     Attributes:
-        traces: By solver, for each batch (T, 1 + S): residuals at each call of f, over all scales
-            and for each of the S scales, as means over the batch.
-        shapes: (Ci, Hi, Wi) of each scale in the last batch.
+        traces: By solver, for each batch (T, 1 + S): residuals at each evaluation of f, over all
+            scales and for each of the S scales, as means over the batch.
+        radii: For each batch (N,) the spectral radius of the Jacobian of f at the last solver's z.
+        shapes: (Ci, Hi, Wi) of each scale.
+        tol: Tolerance of the config's own solver.
     """
 
-    def __init__(self, backbone: MDEQBackbone, solvers: dict[str, Solver]) -> None:
-        super().__init__()
-        self.solvers = solvers
-        self.traces: dict[str, list[Tensor]] = {name: [] for name in solvers}
-        self.shapes: list[tuple[int, ...]] = []
-        backbone.cell.register_forward_hook(self._note_shapes)
-        backbone.implicit = self
+    traces: dict[str, list[Tensor]]
+    radii: list[Tensor]
+    shapes: list[tuple[int, ...]]
+    tol: float
 
-    def _note_shapes(self, cell: nn.Module, args: tuple, outs: list[Tensor]) -> None:
-        self.shapes = [tuple(out.shape[1:]) for out in outs]
 
-    @torch.no_grad()
-    def forward(self, f: Function, z0: Tensor, f_of_rows: object = None) -> Tensor:
-        """Solve with each solver; (N, D) what the last one found."""
-        with parametrize.cached():
-            for name, solver in self.solvers.items():
-                rows: list[Tensor] = []
-                z = solve(self._recorded(f, rows), z0, solver).z
-                # A solve that gave up (diverged) made fewer calls: the rest stays unknown.
-                rows += [torch.full_like(rows[0], float('nan'))] * (solver.max_iter - len(rows))
-                self.traces[name].append(torch.stack(rows).cpu())
-        return z
+def residuals(f: Problem, solver: Solver) -> tuple[Tensor, Tensor]:
+    """(T, 1 + S) residuals of a solve at each evaluation of f, and (N, D) what it found."""
+    rows: list[Tensor] = []
+    sizes = [torch.Size(shape).numel() for shape in f.shapes]
 
-    def _recorded(self, f: Function, rows: list[Tensor]) -> Function:
-        """f that adds to ``rows`` the residuals (1 + S,) of each z it is called with."""
+    def recorded(z: Tensor) -> Tensor:
+        fz = f(z)
+        parts = zip((fz, *fz.split(sizes, 1)), (z, *z.split(sizes, 1)), strict=True)
+        rows.append(torch.stack([_relative(new, old).mean() for new, old in parts]))
+        return fz
 
-        def recorded(z: Tensor) -> Tensor:
-            fz = f(z)
-            sizes = [torch.Size(shape).numel() for shape in self.shapes]
-            parts = zip((fz, *fz.split(sizes, 1)), (z, *z.split(sizes, 1)), strict=True)
-            rows.append(torch.stack([_relative(new, old).mean() for new, old in parts]))
-            return fz
-
-        return recorded
+    z = solve(recorded, f.start, solver).z
+    # A solve that gave up (diverged) made fewer evaluations: the rest stays unknown.
+    rows += [torch.full_like(rows[0], float('nan'))] * (solver.max_iter - len(rows))
+    return torch.stack(rows).cpu(), z
 
 
 def _relative(fz: Tensor, z: Tensor) -> Tensor:
@@ -116,45 +108,52 @@ def _relative(fz: Tensor, z: Tensor) -> Tensor:
     return norms[0] / norms[1].clamp(min=torch.finfo(fz.dtype).tiny)
 
 
-def record(args: argparse.Namespace) -> tuple[Recorder, float]:
-    """Run the model on the test data; the residuals, and the tolerance the config asks for."""
+def record(args: argparse.Namespace) -> Record:
+    """Solve the equilibria of some batches of the config's test data."""
     with one_line_errors('plot_convergence.py'):
         cfg = load_config(args.config, options=args.cfg_options)
         fit_to_machine(cfg)
         check_data(cfg, ('test_dataloader',))
         model = load_model(cfg, args.checkpoint, args.device)
         backbone = find_backbone(model)
-    tol = backbone.implicit.current_solver.tol
-    recorder = Recorder(backbone, make_solvers(args.nfe, args.memory))
+    solvers = make_solvers(args.nfe, args.memory)
+    result = Record({name: [] for name in solvers}, [], [], backbone.implicit.current_solver.tol)
     loader = Runner.build_dataloader(cfg.test_dataloader, seed=0)
     for data in islice(loader, args.batches):
         with torch.no_grad():
-            model.test_step(data)
-    return recorder, tol
+            problem = backbone.problem(model.data_preprocessor(data, False)['inputs'])
+            for name, solver in solvers.items():
+                trace, z = residuals(problem, solver)
+                result.traces[name].append(trace)
+        result.radii.append(spectral_radius(problem, z).cpu())
+        result.shapes = [tuple(shape) for shape in problem.shapes]
+    return result
 
 
-def paint(recorder: Recorder, tol: float, path: Path) -> None:
+def paint(record: Record, path: Path) -> None:
     """One plot for all scales together and one for each, with a curve for each solver."""
-    titles = ['all scales'] + ['scale {}: {}×{}×{}'.format(*s) for s in _numbered(recorder.shapes)]
+    titles = ['all scales'] + ['scale {}: {}×{}×{}'.format(*s) for s in _numbered(record.shapes)]
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(3.2 * columns + 0.4, 2.7 * rows + 0.5), layout='constrained')
     plots = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for index, (plot, title) in enumerate(zip(plots, titles, strict=False)):
-        for name, traces in recorder.traces.items():
+        for name, traces in record.traces.items():
             curves = torch.stack(traces)[..., index]
             calls = range(1, curves.shape[1] + 1)
             low, high = curves.amin(0), curves.amax(0)
             plot.fill_between(calls, low, high, color=COLOURS[name], alpha=0.25, linewidth=0)
             plot.plot(calls, curves.mean(0), color=COLOURS[name], label=name, linewidth=1.4)
-        if tol > 0:
-            plot.axhline(tol, color='grey', linestyle=':', linewidth=1, label='tol of the config')
+        if record.tol > 0:
+            plot.axhline(
+                record.tol, color='grey', linestyle=':', linewidth=1, label='tol of the config'
+            )
         plot.set_title(title, fontsize=10)
         plot.set_yscale('log')
         plot.grid(alpha=0.3)
     for plot in plots[len(titles) :]:
         plot.set_axis_off()
-    figure.supxlabel('calls of f', fontsize=10)
+    figure.supxlabel('evaluations of f', fontsize=10)
     figure.supylabel('relative residual', fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=4, frameon=False, fontsize=9)
@@ -177,18 +176,22 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, list]]:
         residuals: all scales, then each scale.
     """
     args = parse_args(argv)
-    recorder, tol = record(args)
+    found = record(args)
     result, path = {}, Path(args.out)
-    print(f'residual after {args.nfe} calls of f: all scales | each scale')
-    for name, traces in recorder.traces.items():
+    print(f'residual after {args.nfe} evaluations of f: all scales | each scale')
+    for name, traces in found.traces.items():
         curves = torch.stack(traces)
         ends = dict(mean=curves.mean(0), low=curves.amin(0), high=curves.amax(0))
         result[name] = {key: value.tolist() for key, value in ends.items()}
         first, *others = (f'{value:.2e}' for value in result[name]['mean'][-1])
         print(f'  {name:16} {first} | {" ".join(others)}')
-    paint(recorder, tol, path)
+    radii = torch.cat(found.radii)
+    print(f'spectral radius of the Jacobian there: {radii.mean():.3f}, at most {radii.max():.3f}')
+    paint(found, path)
     # NaN, which JSON lacks, marks the calls after a solver gave up.
-    text = json.dumps(dict(shapes=recorder.shapes, residuals=result)).replace('NaN', 'null')
+    text = json.dumps(
+        dict(shapes=found.shapes, residuals=result, spectral_radius=radii.tolist())
+    ).replace('NaN', 'null')
     path.with_suffix('.json').write_text(text)
     print(f'{path}\n{path.with_suffix(".json")}')
     return result

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from mdeq_mm.layers import VariationalDropout2d
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
+from mdeq_mm.models.cell import Upsample
 
 # Rows and columns of the image of each data set; that of Cityscapes is a quarter as long and wide.
 IMAGE_SIZES = {
@@ -390,8 +391,9 @@ def _mdeq(backbone: MDEQBackbone) -> dict[str, Any]:
         has_injection=not isinstance(backbone.injection, nn.Identity),
         groups=_distinct(m.num_groups for m in modules if isinstance(m, nn.GroupNorm)),
         affine=_distinct(m.affine for m in modules if isinstance(m, nn.GroupNorm)),
+        norm_kernel=_distinct(m.kernel for m in modules if isinstance(m, nn.GroupNorm)),
         weight_norm=any(name.endswith('original0') for name in cell.state_dict()),
-        upsample=_distinct(m.resize['mode'] for m in modules if hasattr(m, 'resize')),
+        upsample=_distinct(m.mode for m in modules if isinstance(m, Upsample)),
         drop_rate=_distinct(m.drop_rate for m in modules if isinstance(m, VariationalDropout2d)),
         solver=tell(implicit.solver),
         jitter=plain(getattr(implicit.solver, 'jitter', None)),

@@ -68,6 +68,7 @@ def mdeq(
             # The norm after the fusion has half of them.
             groups=[4, 8],
             affine=[True],
+            norm_kernel=['auto'],
             batch_norms=[list(batch_norm)],
             weight_norm=True,
             upsample=['nearest'] if several else [],

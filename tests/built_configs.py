@@ -433,6 +433,8 @@ def heads_of(runner: Runner) -> dict[str, Any]:
         batch_norms=_norms(model),
         test_cfg=plain(model.test_cfg) if getattr(model, 'test_cfg', None) else None,
         train_cfg=plain(model.train_cfg) if getattr(model, 'train_cfg', None) else None,
+        # Tools that build the model alone, as mmsegmentation's init_model, read it there.
+        preprocessor=(runner.cfg.model.get('data_preprocessor') or {}).get('type'),
         neck=_neck(model.neck) if getattr(model, 'neck', None) is not None else None,
     )
     if hasattr(model, 'decode_head'):

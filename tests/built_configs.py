@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from mdeq_mm.layers import VariationalDropout2d
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
+from mdeq_mm.models.cell import Upsample
 
 # Rows and columns of the image of each data set; that of Cityscapes is a quarter as long and wide.
 IMAGE_SIZES = {
@@ -390,8 +391,9 @@ def _mdeq(backbone: MDEQBackbone) -> dict[str, Any]:
         has_injection=not isinstance(backbone.injection, nn.Identity),
         groups=_distinct(m.num_groups for m in modules if isinstance(m, nn.GroupNorm)),
         affine=_distinct(m.affine for m in modules if isinstance(m, nn.GroupNorm)),
+        norm_kernel=_distinct(m.kernel for m in modules if isinstance(m, nn.GroupNorm)),
         weight_norm=any(name.endswith('original0') for name in cell.state_dict()),
-        upsample=_distinct(m.resize['mode'] for m in modules if hasattr(m, 'resize')),
+        upsample=_distinct(m.mode for m in modules if isinstance(m, Upsample)),
         drop_rate=_distinct(m.drop_rate for m in modules if isinstance(m, VariationalDropout2d)),
         solver=tell(implicit.solver),
         jitter=plain(getattr(implicit.solver, 'jitter', None)),
@@ -431,6 +433,8 @@ def heads_of(runner: Runner) -> dict[str, Any]:
         batch_norms=_norms(model),
         test_cfg=plain(model.test_cfg) if getattr(model, 'test_cfg', None) else None,
         train_cfg=plain(model.train_cfg) if getattr(model, 'train_cfg', None) else None,
+        # Tools that build the model alone, as mmsegmentation's init_model, read it there.
+        preprocessor=(runner.cfg.model.get('data_preprocessor') or {}).get('type'),
         neck=_neck(model.neck) if getattr(model, 'neck', None) is not None else None,
     )
     if hasattr(model, 'decode_head'):

@@ -68,6 +68,7 @@ def mdeq(
             # The norm after the fusion has half of them.
             groups=[4, 8],
             affine=[True],
+            norm_kernel=['auto'],
             batch_norms=[list(batch_norm)],
             weight_norm=True,
             upsample=['nearest'] if several else [],
@@ -147,6 +148,7 @@ def classifier(
 ) -> Values:
     return dict(
         model='ImageClassifier',
+        preprocessor=None,
         parameters=parameters,
         batch_norms=[['BatchNorm2d', 0.1]],
         test_cfg=None,
@@ -166,6 +168,7 @@ def neural_ode_classifier(parameters: int, channels: int) -> Values:
     """A linear layer reads the whole state."""
     return dict(
         model='ImageClassifier',
+        preprocessor=None,
         parameters=parameters,
         batch_norms=[],
         test_cfg=None,
@@ -209,6 +212,7 @@ def fcn_head(
 def segmentor(parameters: int, head: Values, batch_norms: list[tuple[str, float]]) -> Values:
     return dict(
         model='EncoderDecoder',
+        preprocessor='SegDataPreProcessor',
         parameters=parameters,
         batch_norms=[list(norm) for norm in batch_norms],
         test_cfg=dict(mode='whole'),
@@ -915,6 +919,7 @@ def proposals(before: int) -> Values:
 L1 = dict(type='L1Loss', loss_weight=1.0)
 FASTER_RCNN = dict(
     model='FasterRCNN',
+    preprocessor='DetDataPreprocessor',
     parameters=26_112_352,
     batch_norms=[['SyncBatchNorm', 0.1]],
     neck=dict(
@@ -1334,6 +1339,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         backbone=SCENES_BACKBONE,
         heads=dict(
             model='ImageClassifier',
+            preprocessor='SegDataPreProcessor',
             parameters=1_115_349,
             batch_norms=[['BatchNorm2d', 0.05], ['BatchNorm2d', 0.1]],
             test_cfg=None,

@@ -147,7 +147,7 @@ class MDEQBackbone(BaseModule):
             upsample=upsample,
             norm_kernel=norm_kernel,
         )
-        self.cell = MDEQCell(**f) if cell is None else _build_cell(name, cell, expansion, **f)
+        self.cell = MDEQCell(**f) if cell is None else _build_cell(name, cell, f, expansion)
         self.implicit = build_implicit(
             solver,
             gradient,
@@ -256,8 +256,20 @@ def _compiled_call(name: str, options: bool | Config) -> Callable[..., list[Tens
     return torch.compile(_call, **({} if options is True else options))
 
 
-def _build_cell(name: str, cell: Config, expansion: int | None, **options: Any) -> nn.Module:
-    """The user's f. ``options`` are those of the backbone that ``MDEQCell`` alone has."""
+def _build_cell(
+    name: str, cell: Config | nn.Module, options: Config, expansion: int | None
+) -> nn.Module:
+    """The user's f.
+
+    Args:
+        name (str): Who asks, for messages.
+        cell (dict | nn.Module): The cell, or its config.
+        options (dict): What ``MDEQCell`` would have been given. It must be left at its defaults.
+        expansion (int, optional): The user's own, without that of ``arch``.
+
+    Raises:
+        TypeError: The user set an option of ``MDEQCell`` alone, or the cell is no cell.
+    """
     defaults = inspect.signature(MDEQCell).parameters
     ours = [k for k, v in options.items() if k not in ('channels', 'expansion')]
     ours = [k for k in ours if options[k] != defaults[k].default]

@@ -1,5 +1,7 @@
 """Recipes published since the paper train: two iterations of each, on four images."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -7,8 +9,9 @@ from mmengine.runner import Runner
 
 import mdeq_mm  # noqa: F401
 
-from .conftest import ROOT
 from .mini_datasets import write_class_folders
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Most evaluations of f in a forward pass.
 MOST_CALLS = dict(

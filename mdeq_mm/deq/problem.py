@@ -75,6 +75,10 @@ class Problem:
         """A state (N, D) in the structure that the owner of f knows, as views."""
         raise NotImplementedError
 
+    def flat(self, maps: Any) -> Tensor:
+        """The inverse of :meth:`maps`, (N, D) in the dtype of :attr:`start`."""
+        raise NotImplementedError
+
 
 class FunctionProblem(Problem):
     """A function of one's own: one tensor (N, ...) or a sequence of such.
@@ -145,6 +149,9 @@ class FunctionProblem(Problem):
             return parts[0]
         # A namedtuple takes its fields one by one.
         return self.kind(*parts) if hasattr(self.kind, '_fields') else self.kind(parts)
+
+    def flat(self, maps: State) -> Tensor:
+        return self._flat([maps] if self.single else maps).to(self.start.dtype)
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
         flat = [p.reshape(p.shape[0], s.numel()) for p, s in zip(parts, self.shapes)]
@@ -289,3 +296,6 @@ class CellProblem(Problem):
     def maps(self, z: Tensor) -> list[Tensor]:
         """(N, D) -> [(N, Ci, Hi, Wi)], views in the dtype of ``z``."""
         return unpack(z, self.shapes, self.channels_last)
+
+    def flat(self, maps: Sequence[Tensor]) -> Tensor:
+        return pack(maps, self.channels_last).to(self.start.dtype)

@@ -1,18 +1,34 @@
 """What the solver did, where MM's users look: log line, scalars.json, TensorBoard, WandB."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..deq import SolverStats, Status, implicit_layers
+from ..deq import (
+    FunctionProblem,
+    ImplicitLayer,
+    Problem,
+    SolverStats,
+    Status,
+    implicit_layers,
+    spectral_radius,
+)
 from ..options import check_int, check_number, checks_options
 
 _FIELDS = ('nfe', 'residual', 'converged', 'failed')
+
+_UNCONVERGED = dict(
+    forward=Status.EXHAUSTED.remedy,
+    backward='the gradient is that of its best iterate, which may point elsewhere. Raise '
+    'model.backbone.gradient.solver.max_iter, or take PhantomGradient or TruncatedGradient, which '
+    'solve nothing.',
+)
 
 
 @HOOKS.register_module()
@@ -29,19 +45,30 @@ class SolverStatsHook(Hook):
 
     Args:
         interval (int): Iterations between reports while training; each waits for the device.
-        warn_residual (float): A mean forward residual above this at ``patience`` reports in a
-            row is called unconverged.
+        warn_residual (float): A mean residual above this at ``patience`` reports in a row, of the
+            forward or of the backward solve, is called unconverged.
         patience (int): Reports before that warning.
+        spectral_radius (dict, optional): Log the spectral radius of the Jacobian of f at the
+            equilibria of validation and testing as well, ``val/deq_spectral_radius``:
+            ``dict(interval=10, iterations=50)`` measures every tenth batch by 50 vector-Jacobian
+            products.
     """
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, interval: int = 10, warn_residual: float = 0.1, patience: int = 20) -> None:
+    def __init__(
+        self,
+        interval: int = 10,
+        warn_residual: float = 0.1,
+        patience: int = 20,
+        spectral_radius: dict[str, int] | None = None,
+    ) -> None:
         name = type(self).__name__
         self.interval = check_int(name, 'interval', interval, 1)
         self.warn_residual = check_number(name, 'warn_residual', warn_residual, 0)
         self.patience = check_int(name, 'patience', patience, 1)
-        self._unconverged = 0
+        self._radius = None if spectral_radius is None else _Radius(**spectral_radius)
+        self._unconverged = dict(forward=0, backward=0)
         self._warned = set()
         self._evaluation: list[dict[str, float]] = []
 
@@ -61,6 +88,12 @@ class SolverStatsHook(Hook):
 
     after_test_iter = after_val_iter
 
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        if self._radius is not None:
+            self._radius.watch(runner.model, batch_idx)
+
+    before_test_iter = before_val_iter
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._report_evaluation(runner, 'val')
 
@@ -76,6 +109,10 @@ class SolverStatsHook(Hook):
         *sums, count = _mean_over_processes(torch.tensor([*sums, float(len(reports))]))
         if count:
             _log(runner, mode, {name: total / count for name, total in zip(names, sums)})
+        if self._radius is not None:
+            total, count = _mean_over_processes(torch.tensor(self._radius.take()))
+            if count:
+                _log(runner, mode, dict(deq_spectral_radius=total / count))
 
     def _collect(
         self, runner: Runner, passes: Sequence[str], reduce: bool = True
@@ -106,17 +143,19 @@ class SolverStatsHook(Hook):
 
     def _watch(self, runner: Runner, scalars: dict[str, float], outputs: dict) -> None:
         """Warn, once for each kind of trouble."""
-        residual = scalars.get('deq_residual', 0.0)
-        self._unconverged = self._unconverged + 1 if residual > self.warn_residual else 0
-        if self._unconverged >= self.patience:
-            self._warn(
-                runner,
-                'unconverged',
-                f'The forward solver has ended at a mean relative residual above '
-                f'{self.warn_residual:g} for {self.patience} reports in a row (now {residual:.3g} '
-                f'after {scalars["deq_nfe"]:.1f} calls of f): {Status.EXHAUSTED.remedy}',
-            )
         for prefix, name in (('deq_', 'forward'), ('deq_bwd_', 'backward')):
+            residual = scalars.get(f'{prefix}residual', 0.0)
+            above = residual > self.warn_residual
+            self._unconverged[name] = self._unconverged[name] + 1 if above else 0
+            if self._unconverged[name] >= self.patience:
+                self._warn(
+                    runner,
+                    f'{name} unconverged',
+                    f'The {name} solver has ended at a mean relative residual above '
+                    f'{self.warn_residual:g} for {self.patience} reports in a row (now '
+                    f'{residual:.3g} after {scalars[f"{prefix}nfe"]:.1f} evaluations): '
+                    f'{_UNCONVERGED[name]}',
+                )
             failed = scalars.get(f'{prefix}failed', 0.0)
             if failed:
                 self._warn(
@@ -139,6 +178,46 @@ class SolverStatsHook(Hook):
         if kind not in self._warned:
             self._warned.add(kind)
             runner.logger.warning(message)
+
+
+class _Radius:
+    """Spectral radii at the equilibria of an evaluation, as a forward hook of the layers sees them.
+
+    Args:
+        interval (int): Batches between two measurements.
+        iterations (int): Vector-Jacobian products of each.
+    """
+
+    def __init__(self, interval: int = 10, iterations: int = 50) -> None:
+        name = 'SolverStatsHook.spectral_radius'
+        self.interval = check_int(name, 'interval', interval, 1)
+        self.iterations = check_int(name, 'iterations', iterations, 2)
+        self._handles: list[Any] = []
+        self._sum = self._count = 0.0
+
+    def watch(self, model: nn.Module, batch_idx: int) -> None:
+        """Measure in the batch that follows, if it is one of those to measure."""
+        self._remove()
+        if batch_idx % self.interval == 0:
+            layers = implicit_layers(model)
+            self._handles = [layer.register_forward_hook(self._measure) for layer in layers]
+
+    def take(self) -> list[float]:
+        """Sum and number of the radii since the last time."""
+        self._remove()
+        taken, self._sum, self._count = [self._sum, self._count], 0.0, 0.0
+        return taken
+
+    def _measure(self, layer: ImplicitLayer, args: tuple, out: Any) -> None:
+        problem = args[0] if isinstance(args[0], Problem) else FunctionProblem(*args)
+        radii = spectral_radius(problem.plain(), problem.flat(out), self.iterations)
+        self._sum += radii.sum().item()
+        self._count += len(radii)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 def _log(runner: Runner, mode: str, scalars: dict[str, float]) -> None:

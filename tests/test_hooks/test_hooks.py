@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
+from mdeq_mm.deq import spectral_radius
 from mdeq_mm.hooks import MDEQWarmupHook, SolverStatsHook
 
 
@@ -173,11 +175,41 @@ def warnings_of(tmp_path):
     return [line for line in lines if 'WARNING' in line and ('solver' in line or 'loss' in line)]
 
 
-def test_unconverged_solver_is_warned_about_once_with_a_remedy(tmp_path):
+def test_unconverged_solvers_are_warned_about_once_each_with_a_remedy(tmp_path):
     hook = SolverStatsHook(interval=1, warn_residual=1e-6, patience=3)
     run(tmp_path, Toy(), [hook])
-    (warning,) = warnings_of(tmp_path)
-    assert '3 reports in a row' in warning and 'Raise max_iter' in warning
+    forward, backward = warnings_of(tmp_path)
+    assert 'forward solver' in forward and 'Raise max_iter' in forward
+    assert 'backward solver' in backward and 'gradient.solver.max_iter' in backward
+    assert all('3 reports in a row' in warning for warning in (forward, backward))
+
+
+def test_reports_above_the_limit_count_in_a_row_only(tmp_path):
+    """Two above, one below, two above: at a patience of three that is no reason to warn."""
+    hook, runner = SolverStatsHook(interval=1, patience=3), MagicMock()
+    for residual in (1.0, 1.0, 1e-3, 1.0, 1.0):
+        hook._watch(runner, dict(deq_residual=residual, deq_nfe=3.0), {})
+    runner.logger.warning.assert_not_called()
+    hook._watch(runner, dict(deq_residual=1.0, deq_nfe=3.0), {})
+    runner.logger.warning.assert_called_once()
+
+
+def test_spectral_radius_of_validation_is_that_of_the_equilibria(tmp_path):
+    model = Toy()
+    hook = SolverStatsHook(interval=1, spectral_radius=dict(interval=1, iterations=40))
+    run(tmp_path, model, [hook])
+    logged = [r for r in scalars(tmp_path) if 'val/deq_spectral_radius' in r][-1]
+    expected = []
+    with torch.no_grad():
+        for start in (0, 2):
+            x = torch.stack([Noise()[start + i]['inputs'] for i in range(2)])
+            problem = model.backbone.eval().problem(x)
+            z = problem.flat(model.backbone.implicit(problem))
+            expected.append(spectral_radius(problem, z, 40))
+    assert not model.backbone.implicit._forward_hooks
+    assert logged['val/deq_spectral_radius'] == pytest.approx(
+        torch.cat(expected).mean().item(), rel=0.02
+    )
 
 
 def test_nan_loss_is_told_apart_from_solver_failure(tmp_path):

@@ -8,7 +8,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from ..models import MDEQBackbone
 from .checkpoints import check_checkpoint
 from .data import dataset_class
 
@@ -55,15 +54,3 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     dataset = cfg.test_dataloader.dataset
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
-
-
-def find_backbone(model: nn.Module) -> MDEQBackbone:
-    """Give the model's MDEQ.
-
-    Raises:
-        ValueError: If it has none, or several.
-    """
-    backbones = [module for module in model.modules() if isinstance(module, MDEQBackbone)]
-    if len(backbones) != 1:
-        raise ValueError(f'the model has {len(backbones)} MDEQBackbone modules; want exactly one')
-    return backbones[0]

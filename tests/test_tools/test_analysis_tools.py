@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
+from mdeq_mm.deq import FixedPointIteration, FunctionProblem
 from tools.analysis_tools import accuracy_vs_nfe, get_flops, inference, plot_convergence
 
 from ..mini_datasets import write_cityscapes, write_class_folders
@@ -100,15 +101,15 @@ class TestPlotConvergence:
         assert one['mean'] == one['low'] == one['high']
         assert best.item() == pytest.approx(min(row[0] for row in one['mean']), rel=1e-4)
 
-    def test_scales_add_up_to_the_whole(self):
-        rows = []
-        recorder = plot_convergence.Recorder.__new__(plot_convergence.Recorder)
-        torch.nn.Module.__init__(recorder)
-        recorder.shapes = [(1, 2, 2), (1, 1, 1)]
-        recorder._recorded(lambda z: 2 * z + 1, rows)(torch.tensor([[0.0, 0, 0, 0, 1]]))
+    def test_residuals_are_of_all_scales_and_of_each(self):
+        states = [torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1)]
+        problem = FunctionProblem(lambda z: [2 * part + 1 for part in z], states)
+        recorder = plot_convergence.Recorder({'once': FixedPointIteration(max_iter=1, tol=0)})
+        recorder.add(problem)
         # f(z) - z = (1 1 1 1 | 2), f(z) = (1 1 1 1 | 3)
         wanted = [(8 / 13) ** 0.5, 1, 2 / 3]
-        assert rows[0].tolist() == pytest.approx(wanted)
+        assert recorder.traces['once'][0][0].tolist() == pytest.approx(wanted)
+        assert recorder.shapes == [(1, 2, 2), (1, 1, 1)]
 
     def test_segmentation_with_random_weights(self, tiny):
         options = ['--cfg-options', 'test_dataloader.num_workers=0']
@@ -139,7 +140,7 @@ class TestAccuracyVsNFE:
         weights = save_checkpoint('seg.py')
         with pytest.raises(SystemExit):
             accuracy_vs_nfe.main(['seg.py', weights, '--nfe', '0'])
-        assert 'at least one call' in capsys.readouterr().err
+        assert 'at least one evaluation' in capsys.readouterr().err
         for config, options, words in (
             ('no.py', [], 'no.py does not exist'),
             ('seg.py', ['model.backbone.unrolled_layers=2'], 'unrolls 2 layers'),
@@ -176,6 +177,8 @@ class TestInference:
         assert found[0][1] == pytest.approx(1)
         last = inference.predict(model, data).pred_score
         assert torch.equal(found[-1][0].pred_score, last)
+        # The model is as it was.
+        assert model.backbone.implicit.eval_solver is None and len(calls) == 1 + 2 + 3 + 3 + 4
         assert not torch.equal(found[0][0].pred_score, last)
 
     def test_class_names_come_from_the_checkpoint(self, tiny, capsys):
@@ -243,7 +246,7 @@ class TestGetFlops:
     def test_default_shape_and_unrolled_nets(self, tiny, capsys):
         options = ['--cfg-options', 'model.backbone.unrolled_layers=5', 'crop_size=(32,64)']
         assert get_flops.main(['seg.py', *options]).nfe == 5
-        assert 'one picture of 32 x 64' in capsys.readouterr().out
+        assert 'one image of 32 x 64' in capsys.readouterr().out
 
     def test_a_model_without_mdeq(self, tiny):
         pytest.importorskip('torchdiffeq')

@@ -1,20 +1,32 @@
-"""Count parameters and operations: of the stem, of one call of f, of the head, and times NFE.
+"""Count parameters and operations: of stem, one evaluation of f, neck and head, and in all.
 
-Counted are convolutions and matrix products, a multiplication and an addition as two operations.
-Nothing is computed: the model lives on the meta device, so any size of picture takes no memory.
-The solver may stop before max_iter, so the last number is an upper bound.
+Counted are convolutions and matrix products. A multiplication and the addition that follows it are
+one MAC, which the tables of OpenMMLab and most papers call a FLOP, and two FLOPs. Nothing is
+computed: the model lives on the meta device, so any size of image takes no memory. A forward pass
+evaluates f once more than the solver, in evaluation mode whatever the gradient; the solver may stop
+before max_iter, so that the last row is an upper bound.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from mdeq_mm.apis import add_cfg_options, build_model, find_backbone, load_config, one_line_errors
-from mdeq_mm.deq.solvers.base import Function
+from mdeq_mm.apis import (
+    add_cfg_options,
+    build_model,
+    find_backbone,
+    load_config,
+    one_line_errors,
+    unrolled,
+)
+from mdeq_mm.deq import Solver
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
+
+T = TypeVar('T')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help="rows and columns of the picture (default: the config's crop_size, else 224 224)",
+        help="rows and columns of the image (default: the config's crop_size, else 224 224)",
     )
     add_cfg_options(parser)
     return parser.parse_args(argv)
@@ -34,13 +46,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Cost:
-    """Parameters and operations for one picture.
+    """Parameters, operations and memory for one image.
 
     Attributes:
-        stem, call, head: (parameters, operations) of stem and injection, of one call of f, and of
-            neck and head.
-        nfe: Calls of f in a forward pass at most, with the one that follows the solve.
+        stem, call, head: (parameters, FLOPs) of stem and injection, of one evaluation of f, and
+            of neck and head.
+        nfe: Evaluations of f in a forward pass at most: ``max_iter`` of the solver and the one
+            that follows the solve, or the layers of an unrolled net.
         state: Numbers in the state z.
+        history: Bytes that the solver keeps beside the state.
     """
 
     stem: tuple[int, int]
@@ -48,39 +62,27 @@ class Cost:
     head: tuple[int, int]
     nfe: int
     state: int
+    history: int
 
     @property
     def total(self) -> tuple[int, int]:
-        """Parameters and operations of the whole forward pass."""
+        """Parameters and FLOPs of the whole forward pass."""
         parameters = self.stem[0] + self.call[0] + self.head[0]
         return parameters, self.stem[1] + self.nfe * self.call[1] + self.head[1]
 
     def __str__(self) -> str:
         rows = [
             ('stem', *self.stem),
-            ('one call of f', *self.call),
-            ('head', *self.head),
-            (f'in all, {self.nfe} calls of f', *self.total),
+            ('one evaluation of f', *self.call),
+            ('neck and head', *self.head),
+            (f'in all, {self.nfe} evaluations', *self.total),
         ]
-        lines = [f'{"":24}{"parameters":>14}{"GFLOP":>12}']
-        lines += [f'{name:24}{count:14,}{flops / 1e9:12.3f}' for name, count, flops in rows]
-        return '\n'.join([*lines, f'state z: {self.state:,} numbers'])
-
-
-class _OneCall(nn.Module):
-    """In place of an implicit layer: one call of f, with the counter read before and after."""
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        super().__init__()
-        self.counter, self.marks, self.state = counter, [], 0
-
-    def forward(self, f: Function, z0: Tensor, f_of_rows: object = None) -> Tensor:
-        self.state = z0.shape[1]
-        self.marks.append(self.counter.get_total_flops())
-        with parametrize.cached():
-            out = f(z0)
-        self.marks.append(self.counter.get_total_flops())
-        return out
+        lines = [f'{"":24}{"parameters":>14}{"GMAC":>12}{"GFLOP":>12}']
+        for name, count, flops in rows:
+            lines.append(f'{name:24}{count:14,}{flops / 2e9:12.3f}{flops / 1e9:12.3f}')
+        history = f'{self.history / 1e6:.1f} MB'
+        lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} beside it')
+        return '\n'.join(lines)
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -88,39 +90,50 @@ def _parameters(*modules: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
-    """Count for one picture of (H, W); auxiliary heads, which serve training alone, left out.
+def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cost:
+    """Count for one image of (H, W); auxiliary heads, which serve training alone, left out.
 
     Args:
         model: A segmentor or classifier of MM on the meta device, with one MDEQ.
         shape: Rows and columns.
+        in_channels: Channels of the image.
 
     Raises:
         ValueError: If the model has no MDEQ, or several.
     """
     backbone = find_backbone(model)
-    implicit = backbone.implicit
-    # Calls of the solver and one more; as many as there are layers where they are unrolled.
-    nfe = implicit.unrolled_layers or implicit.current_solver.max_iter + 1
-    x = torch.zeros(1, backbone.stem[0].in_channels, *shape, device='meta')
-    counter = FlopCounterMode(display=False)
-    backbone.implicit = one = _OneCall(counter)
-    try:
-        with counter:
-            model(x, mode='tensor')
-    finally:
-        backbone.implicit = implicit
-    before, after = one.marks
+    layer, x = backbone.implicit, torch.zeros(1, in_channels, *shape, device='meta')
+    stem, problem = _flops_of(lambda: backbone.problem(x))
+    call, z = _flops_of(lambda: problem(problem.start))
+    # One evaluation in the place of the solve: what is left is that of neck and head.
+    with unrolled(layer, 1):
+        whole, _ = _flops_of(lambda: model(x, mode='tensor'))
     auxiliary = [m for n, m in model.named_children() if n == 'auxiliary_head']
-    stem, f = _parameters(backbone.stem, backbone.injection), _parameters(backbone.cell)
-    head = _parameters(model) - _parameters(*auxiliary) - stem - f
+    f = _parameters(backbone.cell)
+    before = _parameters(backbone) - f
+    after = _parameters(model) - _parameters(*auxiliary, backbone)
     return Cost(
-        stem=(stem, before),
-        call=(f, after - before),
-        head=(head, counter.get_total_flops() - after),
-        nfe=nfe,
-        state=one.state,
+        stem=(before, stem),
+        call=(f, call),
+        head=(after, whole - stem - call),
+        nfe=layer.unrolled_layers or layer.current_solver.max_iter + 1,
+        state=z.shape[1],
+        history=0 if layer.unrolled_layers else _history(layer.current_solver, z),
     )
+
+
+def _flops_of(function: Callable[[], T]) -> tuple[int, T]:
+    """Floating-point operations of a call, and what it returns."""
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return counter.get_total_flops(), result
+
+
+def _history(solver: Solver, z: Tensor) -> int:
+    """Bytes of the tensors that a solve from a state (1, D) on the meta device keeps beside it."""
+    state = solver.init(z)
+    tensors = [v for v in vars(state).values() if isinstance(v, Tensor)] if state else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def main(argv: list[str] | None = None) -> Cost:
@@ -138,8 +151,8 @@ def main(argv: list[str] | None = None) -> Cost:
         with torch.device('meta'):
             model = build_model(cfg)
         shape = tuple(args.shape or cfg.get('crop_size') or (224, 224))
-        cost = count(model, shape)
-    print('one picture of {} x {}'.format(*shape))
+        cost = count(model, shape, cfg.model.backbone.get('in_channels', 3))
+    print('one image of {} x {}'.format(*shape))
     print(cost)
     return cost
 

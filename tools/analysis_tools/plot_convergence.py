@@ -8,6 +8,7 @@ to the highest of them. The numbers go into a JSON file beside the picture.
 
 import argparse
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -21,15 +22,19 @@ from mdeq_mm.apis import (
     load_model,
     one_line_errors,
 )
-from mdeq_mm.deq.solvers import Anderson, FixedPointIteration, LimitedMemoryBroyden, Solver, solve
-from mdeq_mm.deq.solvers.base import Function
-from mdeq_mm.models import MDEQBackbone
+from mdeq_mm.deq import (
+    Anderson,
+    FixedPointIteration,
+    LimitedMemoryBroyden,
+    Problem,
+    Solver,
+    solve,
+)
 
 import torch
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 COLOURS = {'Broyden': 'tab:blue', 'Anderson': 'tab:green', 'plain iteration': 'tab:orange'}
 
@@ -61,53 +66,46 @@ def make_solvers(nfe: int, memory: int) -> dict[str, Solver]:
     }
 
 
-class Recorder(nn.Module):
-    """Stands in for a backbone's implicit layer and keeps the residuals of several solves.
+class Recorder:
+    """Solves the problems of several batches with several solvers and keeps the residuals.
 
     Args:
-        backbone (MDEQBackbone): Whose equilibrium it is; the recorder takes its place in there.
         solvers (dict[str, Solver]): The solvers to compare, by name.
 
     Attributes:
-        traces: By solver, for each batch (T, 1 + S): residuals at each call of f, over all scales
-            and for each of the S scales, as means over the batch.
+        traces: By solver, for each batch (T, 1 + S): residuals at each evaluation of f, over all
+            scales and for each of the S scales, as means over the batch.
         shapes: (Ci, Hi, Wi) of each scale in the last batch.
     """
 
-    def __init__(self, backbone: MDEQBackbone, solvers: dict[str, Solver]) -> None:
-        super().__init__()
+    def __init__(self, solvers: dict[str, Solver]) -> None:
         self.solvers = solvers
         self.traces: dict[str, list[Tensor]] = {name: [] for name in solvers}
         self.shapes: list[tuple[int, ...]] = []
-        backbone.cell.register_forward_hook(self._note_shapes)
-        backbone.implicit = self
-
-    def _note_shapes(self, cell: nn.Module, args: tuple, outs: list[Tensor]) -> None:
-        self.shapes = [tuple(out.shape[1:]) for out in outs]
 
     @torch.no_grad()
-    def forward(self, f: Function, z0: Tensor, f_of_rows: object = None) -> Tensor:
-        """Solve with each solver; (N, D) what the last one found."""
-        with parametrize.cached():
-            for name, solver in self.solvers.items():
-                rows: list[Tensor] = []
-                z = solve(self._recorded(f, rows), z0, solver).z
-                # A solve that gave up (diverged) made fewer calls: the rest stays unknown.
-                rows += [torch.full_like(rows[0], float('nan'))] * (solver.max_iter - len(rows))
-                self.traces[name].append(torch.stack(rows).cpu())
-        return z
+    def add(self, problem: Problem) -> None:
+        """Solve the problem of one batch with each solver."""
+        self.shapes = [tuple(shape) for shape in problem.shapes]
+        for name, solver in self.solvers.items():
+            rows: list[Tensor] = []
+            solve(_recorded(problem, rows), problem.start, solver)
+            # A solve that gave up (diverged) made fewer calls: the rest stays unknown.
+            rows += [torch.full_like(rows[0], float('nan'))] * (solver.max_iter - len(rows))
+            self.traces[name].append(torch.stack(rows).cpu())
 
-    def _recorded(self, f: Function, rows: list[Tensor]) -> Function:
-        """f that adds to ``rows`` the residuals (1 + S,) of each z it is called with."""
 
-        def recorded(z: Tensor) -> Tensor:
-            fz = f(z)
-            sizes = [torch.Size(shape).numel() for shape in self.shapes]
-            parts = zip((fz, *fz.split(sizes, 1)), (z, *z.split(sizes, 1)), strict=True)
-            rows.append(torch.stack([_relative(new, old).mean() for new, old in parts]))
-            return fz
+def _recorded(problem: Problem, rows: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """f that adds to ``rows`` the residuals (1 + S,) of each z it is called with."""
 
-        return recorded
+    def recorded(z: Tensor) -> Tensor:
+        fz = problem(z)
+        pairs = [(fz, z), *zip(problem.maps(fz), problem.maps(z), strict=True)]
+        flat = [(new.flatten(1), old.flatten(1)) for new, old in pairs]
+        rows.append(torch.stack([_relative(new, old).mean() for new, old in flat]))
+        return fz
+
+    return recorded
 
 
 def _relative(fz: Tensor, z: Tensor) -> Tensor:
@@ -124,13 +122,13 @@ def record(args: argparse.Namespace) -> tuple[Recorder, float]:
         check_data(cfg, ('test_dataloader',))
         model = load_model(cfg, args.checkpoint, args.device)
         backbone = find_backbone(model)
-    tol = backbone.implicit.current_solver.tol
-    recorder = Recorder(backbone, make_solvers(args.nfe, args.memory))
+    recorder = Recorder(make_solvers(args.nfe, args.memory))
     loader = Runner.build_dataloader(cfg.test_dataloader, seed=0)
     for data in islice(loader, args.batches):
         with torch.no_grad():
-            model.test_step(data)
-    return recorder, tol
+            images = model.data_preprocessor(data, False)['inputs']
+            recorder.add(backbone.problem(images))
+    return recorder, backbone.implicit.current_solver.tol
 
 
 def paint(recorder: Recorder, tol: float, path: Path) -> None:

@@ -83,7 +83,8 @@ def build_implicit(
     """
     solver = build_part(solver, deq.Solver)
     if isinstance(eval_solver, Mapping) and 'type' not in eval_solver:
-        eval_solver = solver.replace(**eval_solver)
+        # Jitter is for training, and would have to hold the other max_iter.
+        eval_solver = solver.replace(**{'jitter': None, **eval_solver})
     elif eval_solver is not None:
         eval_solver = build_part(eval_solver, deq.Solver)
     if regularizer is not None:

@@ -1,7 +1,5 @@
 """The model of a config, without a Runner."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from mmengine.config import Config
@@ -10,8 +8,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from ..deq import ImplicitLayer
-from ..models import MDEQBackbone
 from .checkpoints import check_checkpoint
 from .data import dataset_class
 
@@ -58,36 +54,3 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     dataset = cfg.test_dataloader.dataset
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
-
-
-def find_backbone(model: nn.Module) -> MDEQBackbone:
-    """Give the model's MDEQ.
-
-    Raises:
-        ValueError: If it has none, or several.
-    """
-    backbones = [module for module in model.modules() if isinstance(module, MDEQBackbone)]
-    if len(backbones) != 1:
-        raise ValueError(f'the model has {len(backbones)} MDEQBackbone modules; want exactly one')
-    return backbones[0]
-
-
-@contextmanager
-def evaluations_allowed(layer: ImplicitLayer, count: int) -> Iterator[None]:
-    """Let a layer in evaluation mode spend ``count`` evaluations of f, then put it back.
-
-    For an unrolled net they are its layers.
-
-    Args:
-        layer: The layer.
-        count: Evaluations its solver may spend; the one that follows a solve is not among them.
-    """
-    solver, layers = layer.eval_solver, layer.unrolled_layers
-    if layers:
-        layer.unrolled_layers = count
-    else:
-        layer.eval_solver = (solver or layer.solver).replace(max_iter=count)
-    try:
-        yield
-    finally:
-        layer.eval_solver, layer.unrolled_layers = solver, layers

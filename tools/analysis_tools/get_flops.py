@@ -1,21 +1,32 @@
-"""Count parameters and operations: of the stem, of one evaluation of f, of the head, and of all.
+"""Count parameters and operations: of stem, one evaluation of f, neck and head, and in all.
 
-Counted are convolutions and matrix products, in multiply-adds (MAC), which OpenMMLab's tables call
-FLOPs, and in floating-point operations (FLOP), two for each. Nothing is computed: the model lives
-on the meta device, so an image of any size takes no memory. The solver may stop before max_iter,
-so the last row is an upper bound.
+Counted are convolutions and matrix products. A multiplication and the addition that follows it are
+one MAC, which the tables of OpenMMLab and most papers call a FLOP, and two FLOPs. Nothing is
+computed: the model lives on the meta device, so any size of image takes no memory. A forward pass
+evaluates f once more than the solver, in evaluation mode whatever the gradient; the solver may stop
+before max_iter, so that the last row is an upper bound.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from mdeq_mm.apis import add_cfg_options, build_model, find_backbone, load_config, one_line_errors
+from mdeq_mm.apis import (
+    add_cfg_options,
+    build_model,
+    find_backbone,
+    load_config,
+    one_line_errors,
+    unrolled,
+)
+from mdeq_mm.deq import Solver
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+T = TypeVar('T')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,40 +46,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Cost:
-    """Parameters and operations for one image.
+    """Parameters, operations and memory for one image.
 
     Attributes:
-        stem, evaluation, head: (parameters, FLOP) of stem and injection, of one evaluation of f,
-            and of neck and head.
-        nfe: Evaluations of f in a forward pass at most, with the one that follows the solve.
+        stem, call, head: (parameters, FLOPs) of stem and injection, of one evaluation of f, and
+            of neck and head.
+        nfe: Evaluations of f in a forward pass at most: ``max_iter`` of the solver and the one
+            that follows the solve, or the layers of an unrolled net.
         state: Numbers in the state z.
+        history: Bytes that the solver keeps beside the state.
     """
 
     stem: tuple[int, int]
-    evaluation: tuple[int, int]
+    call: tuple[int, int]
     head: tuple[int, int]
     nfe: int
     state: int
+    history: int
 
     @property
     def total(self) -> tuple[int, int]:
-        """Parameters and FLOP of the whole forward pass."""
-        parameters = self.stem[0] + self.evaluation[0] + self.head[0]
-        return parameters, self.stem[1] + self.nfe * self.evaluation[1] + self.head[1]
+        """Parameters and FLOPs of the whole forward pass."""
+        parameters = self.stem[0] + self.call[0] + self.head[0]
+        return parameters, self.stem[1] + self.nfe * self.call[1] + self.head[1]
 
     def __str__(self) -> str:
         rows = [
             ('stem', *self.stem),
-            ('one evaluation of f', *self.evaluation),
-            ('head', *self.head),
+            ('one evaluation of f', *self.call),
+            ('neck and head', *self.head),
             (f'in all, {self.nfe} evaluations', *self.total),
         ]
         lines = [f'{"":24}{"parameters":>14}{"GMAC":>12}{"GFLOP":>12}']
-        lines += [
-            f'{name:24}{count:14,}{flop / 2e9:12.3f}{flop / 1e9:12.3f}'
-            for name, count, flop in rows
-        ]
-        return '\n'.join([*lines, f'state z: {self.state:,} numbers'])
+        for name, count, flops in rows:
+            lines.append(f'{name:24}{count:14,}{flops / 2e9:12.3f}{flops / 1e9:12.3f}')
+        history = f'{self.history / 1e6:.1f} MB'
+        lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} beside it')
+        return '\n'.join(lines)
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -76,45 +90,50 @@ def _parameters(*modules: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
+def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cost:
     """Count for one image of (H, W); auxiliary heads, which serve training alone, left out.
 
     Args:
         model: A segmentor or classifier of MM on the meta device, with one MDEQ.
         shape: Rows and columns.
+        in_channels: Channels of the image.
 
     Raises:
         ValueError: If the model has no MDEQ, or several.
     """
     backbone = find_backbone(model)
-    implicit = backbone.implicit
-    # Those of the solver and one more; as many as there are layers where they are unrolled.
-    nfe = implicit.unrolled_layers or implicit.current_solver.max_iter + 1
-    x = torch.zeros(1, backbone.stem[0].in_channels, *shape, device='meta')
-    problem, stem = _flop(lambda: backbone.problem(x))
-    _, evaluation = _flop(lambda: problem(problem.start))
-    layers, implicit.unrolled_layers = implicit.unrolled_layers, 1
-    try:
-        _, once = _flop(lambda: model(x, mode='tensor'))
-    finally:
-        implicit.unrolled_layers = layers
+    layer, x = backbone.implicit, torch.zeros(1, in_channels, *shape, device='meta')
+    stem, problem = _flops_of(lambda: backbone.problem(x))
+    call, z = _flops_of(lambda: problem(problem.start))
+    # One evaluation in the place of the solve: what is left is that of neck and head.
+    with unrolled(layer, 1):
+        whole, _ = _flops_of(lambda: model(x, mode='tensor'))
     auxiliary = [m for n, m in model.named_children() if n == 'auxiliary_head']
-    parts = _parameters(backbone.stem, backbone.injection), _parameters(backbone.cell)
-    head = _parameters(model) - _parameters(*auxiliary) - sum(parts)
+    f = _parameters(backbone.cell)
+    before = _parameters(backbone) - f
+    after = _parameters(model) - _parameters(*auxiliary, backbone)
     return Cost(
-        stem=(parts[0], stem),
-        evaluation=(parts[1], evaluation),
-        head=(head, once - stem - evaluation),
-        nfe=nfe,
-        state=problem.start.shape[1],
+        stem=(before, stem),
+        call=(f, call),
+        head=(after, whole - stem - call),
+        nfe=layer.unrolled_layers or layer.current_solver.max_iter + 1,
+        state=z.shape[1],
+        history=0 if layer.unrolled_layers else _history(layer.current_solver, z),
     )
 
 
-def _flop(function: Callable[[], Any]) -> tuple[Any, int]:
-    """What a function returns, and the operations it took."""
+def _flops_of(function: Callable[[], T]) -> tuple[int, T]:
+    """Floating-point operations of a call, and what it returns."""
     with FlopCounterMode(display=False) as counter:
-        value = function()
-    return value, counter.get_total_flops()
+        result = function()
+    return counter.get_total_flops(), result
+
+
+def _history(solver: Solver, z: Tensor) -> int:
+    """Bytes of the tensors that a solve from a state (1, D) on the meta device keeps beside it."""
+    state = solver.init(z)
+    tensors = [v for v in vars(state).values() if isinstance(v, Tensor)] if state else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def main(argv: list[str] | None = None) -> Cost:
@@ -132,7 +151,7 @@ def main(argv: list[str] | None = None) -> Cost:
         with torch.device('meta'):
             model = build_model(cfg)
         shape = tuple(args.shape or cfg.get('crop_size') or (224, 224))
-        cost = count(model, shape)
+        cost = count(model, shape, cfg.model.backbone.get('in_channels', 3))
     print('one image of {} x {}'.format(*shape))
     print(cost)
     return cost

@@ -12,8 +12,8 @@ from typing import Any
 from mdeq_mm.apis import (
     add_cfg_options,
     add_device_argument,
-    evaluations_allowed,
     find_backbone,
+    limited_evaluations,
     load_config,
     load_model,
     one_line_errors,
@@ -94,14 +94,17 @@ def predict_by_calls(
         For each the prediction and the relative residual; None for an unrolled net, which
         measures none.
     """
-    implicit = find_backbone(model).implicit
-    calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
+    layer = find_backbone(model).implicit
+    calls = calls or layer.unrolled_layers or layer.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
-        with evaluations_allowed(implicit, number):
+        # Each from the beginning, also where a solve otherwise starts at the one before.
+        layer.start.reset()
+        with limited_evaluations(model, number):
             sample = predict(model, data)
-        stats = implicit.forward_stats
+        stats = layer.forward_stats
         found.append((sample, None if stats is None else float(stats.residual[0])))
+    layer.start.reset()
     return found
 
 

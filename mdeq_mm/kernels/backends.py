@@ -40,14 +40,14 @@ def chosen(kernel: str, x: Tensor, *others: Tensor | None) -> str:
     subclasses of tensors, exported graphs, and the transforms of torch.func.
     """
     found = _resolved(kernel, x.device.type)
-    if found == 'native' or x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
+    if found == 'native' or torch.jit.is_tracing():
+        return 'native'
+    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
         return 'native'
     if torch.compiler.is_compiling():
         return 'native' if _exporting() else found
-    if torch.jit.is_tracing() or _transformed():
-        return 'native'
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, *others))
-    return found if plain else 'native'
+    return found if plain and not _transformed() else 'native'
 
 
 def _exporting() -> bool:

@@ -40,7 +40,8 @@ def _compiled(name: str, *key: Any) -> Callable[..., Any]:
     """A program for one kind of call. ``key`` makes it one of its own."""
     formula = getattr(formulas, name)
     # torch counts recompilations by code object and gives up at eight, which the norms of one
-    # network can exceed: each program gets a code object of its own.
-    code = formula.__code__.replace()
-    own = FunctionType(code, formula.__globals__, f'{name}_{len(key)}', formula.__defaults__)
-    return torch.compile(own)
+    # network can exceed; and it takes for variable what differed under one name. Each program gets
+    # a code object and a name of its own, so that only the sizes of maps vary.
+    own = f'{name}_{hash(key) & 0xFFFFFFFF:08x}'
+    code = formula.__code__.replace(co_name=own)
+    return torch.compile(FunctionType(code, formula.__globals__, own))

@@ -13,19 +13,20 @@ from .norms import Norm, native_gradients, native_norm, native_rectify
 
 
 class Term(NamedTuple):
-    """A map (N, C, h, w) of any size to be added, after ``norm`` if there is one.
+    """A map (N, C, h, w) to be added, after ``norm`` if there is one.
 
-    One of another size than the sum is read as nearest upsampling would write it.
+    With ``upsample`` it may be of any size and is read as nearest upsampling would write it.
     """
 
     x: Tensor
     norm: Norm | None = None
+    upsample: bool = False
 
 
 def sum_rectify(
     own: Tensor, terms: Sequence[Term], smooth: bool = False, kernel: str = 'auto'
 ) -> Tensor:
-    """``rectify(own + sum of resize(norm(term)))`` in the dtype of ``own``.
+    """``rectify(own + sum of upsampled(norm(term)))`` in the dtype of ``own``.
 
     Args:
         own (Tensor): (N, C, H, W).
@@ -39,24 +40,31 @@ def sum_rectify(
     kernel = backends.chosen(kernel, own, *(term.x for term in terms), *weights, *biases)
     given = [backends.as_map(term.x, own, kernel) for term in terms]
     if kernel == 'native':
-        return _native(own, given, norms, smooth)
+        return _native(own, given, norms, [term.upsample for term in terms], smooth)
+    for x, term in zip(given, terms):
+        if not term.upsample and x.shape != own.shape:
+            raise ValueError(
+                f'sum_rectify: a term of {tuple(x.shape)} cannot be added to a map of '
+                f'{tuple(own.shape)} unless it is upsampled.'
+            )
     own = backends.as_map(own, own, kernel)
     groups, eps = [norm.groups for norm in norms], [norm.eps for norm in norms]
     return _SumRectify.apply(kernel, groups, eps, smooth, own, *given, *weights, *biases)
 
 
-def _native(own: Tensor, given: list[Tensor], norms: list[Norm], smooth: bool) -> Tensor:
+def _native(own, given, norms, upsamples, smooth):
     # The first sum makes a new tensor, so that what follows may be in place.
     total = None
-    for x, norm in zip(given, norms):
-        x = _native_resized(x, norm, own.shape[2:])
+    for x, norm, upsample in zip(given, norms, upsamples):
+        x = _native_term(x, norm, own.shape[2:] if upsample else None)
         total = own + x if total is None else total.add_(x)
     return native_rectify(own.clone() if total is None else total, smooth)
 
 
-def _native_resized(x: Tensor, norm: Norm, size: Sequence[int]) -> Tensor:
+def _native_term(x: Tensor, norm: Norm, size: Sequence[int] | None) -> Tensor:
     x = native_norm(x, norm) if norm.groups else x
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode='nearest')
+    # Sizes are not compared: an exported graph would be for those alone that compare alike.
+    return x if size is None else F.interpolate(x, size=size, mode='nearest')
 
 
 class _SumRectify(torch.autograd.Function):
@@ -84,7 +92,7 @@ class _SumRectify(torch.autograd.Function):
             down = rectify_gradient_of(grad, y, smooth)
             norms = [Norm(*values) for values in zip(groups, weights, biases, eps)]
             grads = [
-                (down, None, None) if x is None else _native_term(x, norm, need, down)
+                (down, None, None) if x is None else _term_gradients(x, norm, need, down)
                 for x, norm, need in zip(terms, norms, zip(*needs))
             ]
             affine = [g for _, g, _ in grads] + [g for _, _, g in grads]
@@ -112,11 +120,12 @@ class _SumRectify(torch.autograd.Function):
         return None, None, None, None, down, *grads, *affine
 
 
-def _native_term(x: Tensor, norm: Norm, needs: Sequence[bool], down: Tensor) -> list:
+def _term_gradients(x: Tensor, norm: Norm, needs: Sequence[bool], down: Tensor) -> list:
     """Gradients of a term and its scale and shift that can be differentiated again."""
+    size = None if x.shape == down.shape else down.shape[2:]
 
     def native(x, weight, bias):
-        return _native_resized(x, norm._replace(weight=weight, bias=bias), down.shape[2:])
+        return _native_term(x, norm._replace(weight=weight, bias=bias), size)
 
     return native_gradients(native, (x, norm.weight, norm.bias), needs, down)
 

@@ -94,9 +94,9 @@ def _norm(norm: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
     return F.relu(norm(x), inplace=True) if relu else norm(x)
 
 
-def _term(norm: nn.Module, x: Tensor) -> Term:
+def _term(norm: nn.Module, x: Tensor, upsample: bool = False) -> Term:
     """A normalized map, to be added to others."""
-    return Term(x, norm.norm) if fusible(norm) else Term(norm(x))
+    return Term(x, norm.norm, upsample) if fusible(norm) else Term(norm(x), None, upsample)
 
 
 class Downsample(nn.Sequential):
@@ -143,7 +143,7 @@ class Upsample(nn.Module):
         """(N, Cj, Hj, Wj) -> the term of a sum of ``size``, which resizes to the nearest."""
         x = self.conv(x)
         if self.mode == 'nearest':
-            return _term(self.norm, x)
+            return _term(self.norm, x, upsample=True)
         x = self.norm(x)
         return Term(F.interpolate(x, size=tuple(size), mode=self.mode, align_corners=False))
 

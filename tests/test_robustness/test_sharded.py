@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -45,7 +46,7 @@ def flat_parameters(net, parts, half, use_orig_params):
 
 
 def each_parameter(net, parts, half):
-    options = dict(mesh=init_device_mesh('cpu', (1,)))
+    options = dict(mesh=init_device_mesh('cpu', (dist.get_world_size(),)))
     if half:
         options['mp_policy'] = MixedPrecisionPolicy(param_dtype=HALF)
     for module in net.modules():
@@ -61,16 +62,27 @@ WRAPPERS = dict(
 )
 
 
-def make(kind, gradient):
+class Model(nn.Module):
+    """A backbone as part of a model: where FSDP holds its parameters, it has none of its own."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def make(kind, gradient, drop_rate=0.3):
     net = tiny_backbone(
         kind,
         20,
         1e-6,
         stem_norm_cfg=dict(type='GN', num_groups=4),
         gradient=gradient,
-        drop_rate=0.3,
+        drop_rate=drop_rate,
     )
-    return contracting(net).train()
+    return Model(contracting(net)).train()
 
 
 def step(net):

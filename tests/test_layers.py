@@ -5,7 +5,9 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mdeq_mm.deq import Anderson, ImplicitLayer, PhantomGradient
 from mdeq_mm.layers import (
     MDEQConv2d,
     MDEQGroupNorm,
@@ -13,6 +15,34 @@ from mdeq_mm.layers import (
     build_norm,
     reset_masks,
 )
+
+
+class TwoScales(nn.Module):
+    """Dropout of one module on maps of 8 channels and of 4, which see each other's mean."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.drop = VariationalDropout2d(0.5)
+        self.weight = nn.Parameter(torch.tensor(0.3))
+        self.checkpointed = checkpointed
+        self.masks = []
+        self.drop.register_forward_hook(lambda drop, x, _: self.masks.append(drop.mask(*x)))
+
+    def forward(self, states):
+        if self.checkpointed:
+            return checkpoint(self.body, states, use_reentrant=False)
+        return self.body(states)
+
+    def body(self, states):
+        self.masks.clear()
+        return self.mixed([self.drop(torch.cos(z)) for z in states])
+
+    def mixed(self, dropped):
+        means = [z.mean((1, 2, 3), keepdim=True) for z in dropped]
+        return [self.weight * (z + mean) for z, mean in zip(dropped, reversed(means))]
+
+    def plain(self, states, masks):
+        return self.mixed([mask * torch.cos(z) for z, mask in zip(states, masks)])
 
 
 class TestVariationalDropout2d:
@@ -63,6 +93,25 @@ class TestVariationalDropout2d:
         assert torch.equal(net(x), before)
         reset_masks(net)
         assert not torch.equal(net(x), before)
+
+    @pytest.mark.parametrize('bind', [True, False], ids=['module', 'closure'])
+    @pytest.mark.parametrize('checkpointed', [False, True])
+    def test_one_module_at_two_scales_of_f_has_a_mask_for_each(self, bind, checkpointed):
+        f = TwoScales(checkpointed).double()
+        layer = ImplicitLayer(Anderson(max_iter=60, tol=1e-11), PhantomGradient(steps=3))
+        start = [torch.ones(2, 8, 3, 3).double(), torch.ones(2, 4, 2, 2).double()]
+        torch.manual_seed(0)
+        z = layer(f if bind else lambda z: f(z), start)
+        assert layer.forward_stats.summary()['converged'] == 1
+        (got,) = torch.autograd.grad(sum(part.sum() for part in z), f.weight)
+        # The same masks by hand: the layer drew them first.
+        masks = [mask.double() for mask in f.masks]
+        value = [part.detach() for part in z]
+        for _ in range(3):
+            new = f.plain(value, masks)
+            value = [0.5 * old + 0.5 * part for old, part in zip(value, new)]
+        (wanted,) = torch.autograd.grad(sum(part.sum() for part in value), f.weight)
+        torch.testing.assert_close(got, wanted)
 
     @pytest.mark.parametrize('rate', [-0.1, 1, 1.5, 'half'])
     def test_rate_outside_the_unit_interval_is_refused(self, rate):

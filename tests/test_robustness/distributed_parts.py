@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from mdeq_mm.deq import implicit_layers
 from mdeq_mm.hooks import IterationSeedHook, MDEQWarmupHook, SolverStatsHook
 from mdeq_mm.layers import VariationalDropout2d, reset_masks
+from mdeq_mm.models import MDEQCell
 
 from . import contracting, tiny_backbone
+from .test_sharded import WRAPPERS, make, step
 
 ANDERSON = dict(type='Anderson', max_iter=40, tol=1e-4)
 GRADIENTS = dict(
@@ -215,6 +217,17 @@ def masks_of_one_seed() -> Tensor:
     return torch.stack([first, drop(ones)])
 
 
+def sharded_steps() -> Dict[str, Dict[str, Tensor]]:
+    """All weights after one step on the same images, by each way to shard a net whose f is a part
+    of its own."""
+    return {
+        name: step(wrap(make('Anderson', GRADIENTS['ImplicitGradient'], 0.0), (MDEQCell,), False))[
+            1
+        ]
+        for name, wrap in WRAPPERS.items()
+    }
+
+
 def work(rank: int, folder: str) -> None:
     """All a pair of processes is asked to do; the results are in ``rank*.pt``."""
     torch.set_num_threads(1)
@@ -228,5 +241,6 @@ def work(rank: int, folder: str) -> None:
     )
     results: Dict[str, Any] = {name: train(rank, folder, name) for name in GRADIENTS}
     results['masks'] = masks_of_one_seed()
+    results['sharded'] = sharded_steps()
     torch.save(results, Path(folder) / f'pair{rank}.pt')
     torch.distributed.destroy_process_group()

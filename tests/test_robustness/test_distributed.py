@@ -15,6 +15,7 @@ from tools import test, train
 
 from ..mini_datasets import write_cityscapes, write_class_folders
 from .distributed_parts import GRADIENTS, work
+from .test_sharded import make, step
 
 REPO = Path(__file__).resolve().parents[2]
 # Everything is in float64 and every norm is one of single samples, so that what is left between
@@ -306,6 +307,13 @@ def test_masks_differ_between_processes_and_iterations_but_not_within_a_solve(pa
         for before, after in zip(first, first[1:]):
             for ours, theirs in zip(before['masks'], after['masks'], strict=True):
                 assert not torch.equal(ours, theirs)
+
+
+def test_sharded_over_two_processes_a_net_steps_as_the_plain_one(pair):
+    _, expected = step(make('Anderson', GRADIENTS['ImplicitGradient'], 0.0))
+    for results in pair:
+        for got in results['sharded'].values():
+            assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_masks_differ_between_processes_of_one_seed(pair):

@@ -1,6 +1,7 @@
 """What a wheel holds, what an install asks for, and that things are written once."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,39 @@ def test_a_wheel_holds_every_module(built):
     lib = built / 'lib'
     held = {p.relative_to(lib) for p in lib.rglob('*.py')}
     assert held - {p for p in held if '.mim' in p.parts} == wanted
+
+
+# Each as a script of its own, from the folder that holds it, where only the built package is.
+ALL_HELP = """
+import runpy, sys
+from pathlib import Path
+for path in sorted(Path(sys.argv.pop(1)).rglob('*.py')):
+    if path.name.startswith('_') or path.parent.name == 'benchmarks' and path.stem != 'run':
+        continue
+    sys.argv, sys.path[0] = [str(path), '--help'], str(path.parent)
+    try:
+        runpy.run_path(str(path), run_name='__main__')
+    except SystemExit as stop:
+        assert stop.code == 0, path
+        print('helped by', path.stem)
+"""
+
+
+def test_the_tools_of_a_wheel_run_from_any_folder(built, tmp_path):
+    lib = built / 'lib'
+    tools = lib / 'mdeq_mm' / '.mim' / 'tools'
+    done = subprocess.run(
+        [sys.executable, '-c', ALL_HELP, str(tools)],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(lib)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    helped = set(re.findall(r'^helped by (\w+)$', done.stdout, re.MULTILINE))
+    wanted = {path.stem for path in (ROOT / 'tools').rglob('*.py') if path.name[0] != '_'}
+    suites = {path.stem for path in (ROOT / 'tools/benchmarks').glob('*.py')}
+    assert helped == wanted - suites | {'run'}
 
 
 def test_building_leaves_nothing_in_the_package(built):

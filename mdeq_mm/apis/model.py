@@ -11,7 +11,6 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from ..deq import ImplicitLayer
-from ..models import MDEQBackbone
 from .checkpoints import check_checkpoint
 from .data import dataset_class
 
@@ -60,16 +59,27 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     return {**known, **(dataset.get('metainfo') or {})}
 
 
-def find_backbone(model: nn.Module) -> MDEQBackbone:
-    """Give the model's MDEQ.
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The model's MDEQBackbone, or a module of one's own with the same face.
+
+    That is ``problem(x)`` for a batch of images, an ImplicitLayer named ``implicit`` and an f named
+    ``cell``.
 
     Raises:
-        ValueError: If it has none, or several.
+        ValueError: If there is none, or several.
     """
-    backbones = [module for module in model.modules() if isinstance(module, MDEQBackbone)]
-    if len(backbones) != 1:
-        raise ValueError(f'the model has {len(backbones)} MDEQBackbone modules; want exactly one')
-    return backbones[0]
+    found = [
+        module
+        for module in model.modules()
+        if callable(getattr(module, 'problem', None))
+        and isinstance(getattr(module, 'implicit', None), ImplicitLayer)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f'the model has {len(found)} MDEQBackbone modules (or others with problem(x) and an '
+            'ImplicitLayer named implicit); want exactly one'
+        )
+    return found[0]
 
 
 @contextmanager
@@ -86,7 +96,7 @@ def evaluations_allowed(layer: ImplicitLayer, count: int) -> Iterator[None]:
     if layers:
         layer.unrolled_layers = count
     else:
-        layer.eval_solver = (solver or layer.solver).replace(max_iter=count)
+        layer.eval_solver = (solver or layer.solver).replace(max_iter=count, jitter=None)
     try:
         yield
     finally:

@@ -179,6 +179,8 @@ class TestInference:
         assert found[0][1] == pytest.approx(1)
         last = inference.predict(model, data).pred_score
         assert torch.equal(found[-1][0].pred_score, last)
+        # The model is as it was.
+        assert model.backbone.implicit.eval_solver is None and len(calls) == 1 + 2 + 3 + 3 + 4
         assert not torch.equal(found[0][0].pred_score, last)
 
     def test_class_names_come_from_the_checkpoint(self, tiny, capsys):
@@ -226,6 +228,8 @@ class TestGetFlops:
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
         assert cost.evaluation[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
+        # In three evaluations one pair is remembered; beside it stands the step.
+        assert cost.history == pytest.approx(3 * 4 * cost.state, rel=1e-2)
         parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
         assert cost.total[1] == cost.stem[1] + 4 * cost.evaluation[1] + cost.head[1]

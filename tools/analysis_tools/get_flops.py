@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdeq_mm.apis import add_cfg_options, build_model, find_backbone, load_config, one_line_errors
+from mdeq_mm.deq import Solver
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -42,6 +43,7 @@ class Cost:
             and of neck and head.
         nfe: Evaluations of f in a forward pass at most, with the one that follows the solve.
         state: Numbers in the state z.
+        history: Bytes that the solver keeps beside it.
     """
 
     stem: tuple[int, int]
@@ -49,6 +51,7 @@ class Cost:
     head: tuple[int, int]
     nfe: int
     state: int
+    history: int
 
     @property
     def total(self) -> tuple[int, int]:
@@ -68,7 +71,9 @@ class Cost:
             f'{name:24}{count:14,}{flop / 2e9:12.3f}{flop / 1e9:12.3f}'
             for name, count, flop in rows
         ]
-        return '\n'.join([*lines, f'state z: {self.state:,} numbers'])
+        history = f'{self.history / 1e6:.1f} MB'
+        lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} beside it')
+        return '\n'.join(lines)
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -76,12 +81,13 @@ def _parameters(*modules: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
+def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cost:
     """Count for one image of (H, W); auxiliary heads, which serve training alone, left out.
 
     Args:
         model: A segmentor or classifier of MM on the meta device, with one MDEQ.
         shape: Rows and columns.
+        in_channels: Channels of the image.
 
     Raises:
         ValueError: If the model has no MDEQ, or several.
@@ -89,8 +95,8 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
     backbone = find_backbone(model)
     implicit = backbone.implicit
     # Those of the solver and one more; as many as there are layers where they are unrolled.
-    nfe = implicit.unrolled_layers or implicit.current_solver.max_iter + 1
-    x = torch.zeros(1, backbone.stem[0].in_channels, *shape, device='meta')
+    solver = None if implicit.unrolled_layers else implicit.current_solver
+    x = torch.zeros(1, in_channels, *shape, device='meta')
     problem, stem = _flop(lambda: backbone.problem(x))
     _, evaluation = _flop(lambda: problem(problem.start))
     layers, implicit.unrolled_layers = implicit.unrolled_layers, 1
@@ -99,15 +105,23 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Cost:
     finally:
         implicit.unrolled_layers = layers
     auxiliary = [m for n, m in model.named_children() if n == 'auxiliary_head']
-    parts = _parameters(backbone.stem, backbone.injection), _parameters(backbone.cell)
-    head = _parameters(model) - _parameters(*auxiliary) - sum(parts)
+    cell = _parameters(backbone.cell)
+    head = _parameters(model) - _parameters(*auxiliary, backbone)
     return Cost(
-        stem=(parts[0], stem),
-        evaluation=(parts[1], evaluation),
+        stem=(_parameters(backbone) - cell, stem),
+        evaluation=(cell, evaluation),
         head=(head, once - stem - evaluation),
-        nfe=nfe,
+        nfe=implicit.unrolled_layers if solver is None else solver.max_iter + 1,
         state=problem.start.shape[1],
+        history=0 if solver is None else _history(solver, problem.start),
     )
+
+
+def _history(solver: Solver, start: Tensor) -> int:
+    """Bytes of the tensors that a solve from a state (1, D) on the meta device keeps beside it."""
+    state = solver.init(start)
+    tensors = [v for v in vars(state).values() if isinstance(v, Tensor)] if state else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _flop(function: Callable[[], Any]) -> tuple[Any, int]:
@@ -132,7 +146,7 @@ def main(argv: list[str] | None = None) -> Cost:
         with torch.device('meta'):
             model = build_model(cfg)
         shape = tuple(args.shape or cfg.get('crop_size') or (224, 224))
-        cost = count(model, shape)
+        cost = count(model, shape, cfg.model.backbone.get('in_channels', 3))
     print('one image of {} x {}'.format(*shape))
     print(cost)
     return cost

@@ -98,6 +98,8 @@ def predict_by_calls(
     calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
+        # From the beginning, also where a solve otherwise starts at the last equilibrium.
+        implicit.start.reset()
         with evaluations_allowed(implicit, number):
             sample = predict(model, data)
         stats = implicit.forward_stats

@@ -225,6 +225,8 @@ class TestGetFlops:
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
         assert cost.call[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
+        # In three evaluations one pair is remembered; beside it stands the step.
+        assert cost.history == pytest.approx(3 * 4 * cost.state, rel=1e-2)
         parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
         assert cost.total[1] == cost.stem[1] + 4 * cost.call[1] + cost.head[1]

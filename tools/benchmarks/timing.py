@@ -103,8 +103,16 @@ def interleaved(
     return samples
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
-    """Measured floating-point operations a second of a large matrix product."""
-    a = torch.randn(size, size, device=device).to(dtype)
+def matmul_rate(device: str, dtype: torch.dtype, largest: int = 2048) -> float:
+    """Measured floating-point operations a second of a large matrix product.
+
+    As large as takes a CPU some hundredths of a second: one without instructions for ``dtype``
+    would spend minutes on the largest.
+    """
+    size, seconds = 256, 0.0
+    while size < largest and seconds < 0.02:
+        size *= 2
+        a = torch.randn(size, size, device=device).to(dtype)
+        seconds = timed(lambda a=a: a @ a, device)
     samples = interleaved({'matmul': lambda: a @ a}, 9, device, quiet=True)
     return 2 * size**3 / min(samples['matmul'])

@@ -7,7 +7,5 @@ model = dict(
         gradient=dict(_delete_=True, type='PhantomGradient', steps=5, damping=0.7),
     )
 )
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4)
-)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4))
 default_hooks = dict(warmup=dict(unrolled_iters=0, softplus_iters=0))

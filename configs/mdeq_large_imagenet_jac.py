@@ -13,5 +13,5 @@ train_dataloader = dict(batch_size=32)
 auto_scale_lr = dict(base_batch_size=128)
 default_hooks = dict(
     warmup=dict(unrolled_iters=510000, softplus_iters=0),
-    regularizer=dict(weight_step=0.1, step_interval=50000),
+    regularizer=dict(weight_step=0.1, step_interval=50000, begin_iter=510000),
 )

@@ -14,5 +14,5 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=0.04, weight_decay=2e-5))
 default_hooks = dict(
     warmup=dict(unrolled_iters=510000, softplus_iters=0),
-    regularizer=dict(weight_step=0.1, step_interval=50000),
+    regularizer=dict(weight_step=0.1, step_interval=50000, begin_iter=510000),
 )

@@ -119,7 +119,7 @@ _TOLD = {
     'IterationSeedHook': (),
     'LoggerHook': ('interval', 'log_metric_by_epoch', 'ignore_last'),
     'MDEQCheckpointHook': ('interval', 'by_epoch', 'save_best', 'max_keep_ckpts', 'save_last'),
-    'MDEQRegularizerHook': ('weight_step', 'step_interval', 'end_iter'),
+    'MDEQRegularizerHook': ('weight_step', 'step_interval', 'begin_iter', 'end_iter'),
     'MDEQWarmupHook': ('unrolled_iters', 'unrolled_layers', 'softplus_iters'),
     'NonFiniteGradientHook': ('max_in_a_row',),
     'ParamSchedulerHook': (),

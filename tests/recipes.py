@@ -17,7 +17,7 @@ Values = dict[str, Any]
 
 def broyden(max_iter: int) -> Values:
     """Limited-memory Broyden, as all networks of the paper have it in both passes."""
-    return dict(type='LimitedMemoryBroyden', max_iter=max_iter, tol=1e-3, memory=10)
+    return dict(type='LimitedMemoryBroyden', max_iter=max_iter, tol=1e-3, memory=5)
 
 
 def exact(max_iter: int) -> Values:
@@ -292,10 +292,16 @@ def warmup(iters: int, layers: int, softplus: int | None = None) -> Values:
 
 
 def penalty_schedule(
-    step: float = 0.0, interval: int | None = None, end: int | None = None
+    step: float = 0.0, interval: int | None = None, begin: int = 0, end: int | None = None
 ) -> Values:
-    """How the weight of the Jacobian penalty grows, and when it ends."""
-    return dict(type='MDEQRegularizerHook', weight_step=step, step_interval=interval, end_iter=end)
+    """How the weight of the Jacobian penalty grows, from where, and when it ends."""
+    return dict(
+        type='MDEQRegularizerHook',
+        weight_step=step,
+        step_interval=interval,
+        begin_iter=begin,
+        end_iter=end,
+    )
 
 
 def training(
@@ -1172,7 +1178,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
             batch=32,
             gpus=4,
             warmup=warmup(510_000, 5, softplus=0),
-            penalty=penalty_schedule(0.1, 50_000),
+            penalty=penalty_schedule(0.1, 50_000, 510_000),
         ),
         data=IMAGENET,
         evaluation=evaluation(accuracy(1, 5)),
@@ -1193,7 +1199,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
             batch=32,
             gpus=4,
             warmup=warmup(510_000, 4, softplus=0),
-            penalty=penalty_schedule(0.1, 50_000),
+            penalty=penalty_schedule(0.1, 50_000, 510_000),
         ),
         data=IMAGENET,
         evaluation=evaluation(accuracy(1, 5)),

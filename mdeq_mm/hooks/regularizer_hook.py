@@ -26,6 +26,7 @@ class MDEQRegularizerHook(Hook):
     Args:
         weight_step (float): What the weight grows by every ``step_interval`` iterations.
         step_interval (int, optional): Iterations between two steps of the weight; None keeps it.
+        begin_iter (int): The iteration from which the steps are counted, as the end of a warm-up.
         end_iter (int, optional): The iteration from which on there is no penalty.
     """
 
@@ -35,6 +36,7 @@ class MDEQRegularizerHook(Hook):
         self,
         weight_step: float = 0.0,
         step_interval: int | None = None,
+        begin_iter: int = 0,
         end_iter: int | None = None,
     ) -> None:
         name = type(self).__name__
@@ -47,6 +49,7 @@ class MDEQRegularizerHook(Hook):
                 f'{name}: weight_step={weight_step} needs step_interval, the iterations between '
                 'two steps.'
             )
+        self.begin_iter = check_int(name, 'begin_iter', begin_iter, 0)
         if end_iter is not None:
             check_int(name, 'end_iter', end_iter, 0)
         self._configured: dict[ImplicitLayer, JacobianRegularizer] = {}
@@ -80,7 +83,8 @@ class MDEQRegularizerHook(Hook):
     def _apply(self, iteration: int) -> None:
         """Give every layer the regularizer of an iteration."""
         ended = self.end_iter is not None and iteration >= self.end_iter
-        steps = iteration // self.step_interval if self.step_interval else 0
+        counted = max(0, iteration - self.begin_iter)
+        steps = counted // self.step_interval if self.step_interval else 0
         for layer, regularizer in self._configured.items():
             weight = regularizer.weight + steps * self.weight_step
             layer.regularizer = None if ended else regularizer.replace(weight=weight)

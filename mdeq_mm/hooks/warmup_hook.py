@@ -50,11 +50,12 @@ class MDEQWarmupHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         layers = implicit_layers(runner.model)
-        if not layers:
+        if not layers and (self.unrolled_iters or self.softplus_iters):
             raise ValueError(
                 'MDEQWarmupHook found no equilibrium in the model: no MDEQBackbone and no other '
-                'module around an ImplicitLayer. Switch the hook off, '
-                "default_hooks.warmup=None, or set model.backbone.type='MDEQBackbone'."
+                'module around an ImplicitLayer. Switch it off, '
+                'default_hooks.warmup.unrolled_iters=0 default_hooks.warmup.softplus_iters=0, or '
+                "set model.backbone.type='MDEQBackbone'."
             )
         self._configured = {layer: layer.unrolled_layers for layer in layers}
         self._cells = smooth_cells(runner.model)

@@ -79,10 +79,11 @@ class Weights(Seeded):
 
 
 def test_weight_grows_and_ends_by_the_iteration(tmp_path):
-    hook, seen = MDEQRegularizerHook(weight_step=0.1, step_interval=2, end_iter=5), Weights()
+    schedule = dict(weight_step=0.1, step_interval=2, begin_iter=1, end_iter=6)
+    hook, seen = MDEQRegularizerHook(**schedule), Weights()
     trained = model(probability=0.0)
-    run(tmp_path, trained, max_iters=7, custom_hooks=[hook, seen])
-    assert seen.seen == pytest.approx([0.5, 0.5, 0.6, 0.6, 0.7, None, None])
+    run(tmp_path, trained, max_iters=8, custom_hooks=[hook, seen])
+    assert seen.seen == pytest.approx([0.5, 0.5, 0.5, 0.6, 0.6, 0.7, None, None])
     assert implicit_layers(trained)[0].regularizer.weight == 0.5
 
 

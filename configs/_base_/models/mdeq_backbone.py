@@ -7,10 +7,10 @@ model = dict(
         stem_strides=(2, 2),
         norm_cfg=dict(type='GN', num_groups=8),
         stem_norm_cfg=dict(type='BN'),
-        solver=dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3, memory=10),
+        solver=dict(type='LimitedMemoryBroyden', max_iter=26, tol=1e-3, memory=5),
         gradient=dict(
             type='ImplicitGradient',
-            solver=dict(type='LimitedMemoryBroyden', max_iter=27, tol=1e-3, memory=10),
+            solver=dict(type='LimitedMemoryBroyden', max_iter=27, tol=1e-3, memory=5),
         ),
     ),
 )

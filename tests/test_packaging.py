@@ -78,6 +78,12 @@ def test_the_tools_of_a_wheel_run_from_any_folder(built, tmp_path):
     assert helped == wanted - suites | {'run'}
 
 
+def test_a_wheel_holds_what_a_machine_builds(built):
+    sources = [p.relative_to(ROOT) for p in (ROOT / 'mdeq_mm/kernels/csrc').iterdir()]
+    assert {p.suffix for p in sources} == {'.cpp', '.h'}
+    assert all((built / 'lib' / p).is_file() for p in sources)
+
+
 def test_building_leaves_nothing_in_the_package(built):
     assert built.exists()
     assert not (ROOT / 'mdeq_mm' / '.mim').exists()
@@ -99,7 +105,7 @@ def test_no_openmmlab_package_without_an_extra(built):
     recorded = importlib.metadata.Distribution.at(next(built.glob('*.egg-info'))).requires
     requirements = [Requirement(line) for line in recorded]
     always = {r.name for r in requirements if r.marker is None}
-    assert always == {'numpy', 'torch'}
+    assert always == {'ninja', 'numpy', 'torch'}
 
     def of(extra):
         chosen = [r for r in requirements if r.marker and r.marker.evaluate({'extra': extra})]

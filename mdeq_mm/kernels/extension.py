@@ -94,10 +94,15 @@ def _load_or_build() -> None:
 
 def _library() -> Path:
     """Where the build for this torch and this processor lies."""
-    root = os.environ.get('TORCH_EXTENSIONS_DIR')
-    root = Path(root) if root else Path.home() / '.cache' / 'torch_extensions'
     name = f'mdeq_mm_kernels_{_fingerprint()}'
-    return root / name / f'{name}.so'
+    root = os.environ.get('TORCH_EXTENSIONS_DIR')
+    if not root:
+        root = os.environ.get('XDG_CACHE_HOME') or Path('~', '.cache')
+        root = Path(root, 'torch_extensions')
+    # A user without a home gets a path that cannot be made, as under a folder without permission.
+    with contextlib.suppress(RuntimeError):
+        return Path(root).expanduser() / name / f'{name}.so'
+    return Path(os.devnull) / name / f'{name}.so'
 
 
 @functools.cache

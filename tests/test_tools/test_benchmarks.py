@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mdeq_mm.kernels import extension
 from tools.benchmarks.timing import Result, interleaved
 
 REPO = Path(__file__).resolve().parents[2]
@@ -59,6 +60,23 @@ def test_suites_write_numbers_and_a_picture(tmp_path, suite, base, count):
     if suite == 'step':
         limit = result['limit_float32']
         assert limit['seconds'] == pytest.approx(limit['operations'] / limit['rate'])
+
+
+def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
+    if extension.load():
+        pytest.skip(f'no C++ operations: {extension.load()}')
+    flags = ['--suite', 'f', '--repeats', '2', '--batch', '1', '--device', 'cpu']
+    run(FOLDER / 'run.py', *flags, '--out', tmp_path)
+    result = json.loads((tmp_path / 'f.json').read_text())
+    shares, least = result['fused_over_native'], result['minimum']
+    for precision in ('float32', 'bf16'):
+        where = f'{precision}, 1 thread'
+        both = [
+            least[f'{where}, f, {kernel}'] + least[f'{where}, vjp, {kernel}']
+            for kernel in ('cpp', 'native')
+        ]
+        assert shares[f'{where}, f and vjp'] == pytest.approx(both[0] / both[1])
+    assert len(shares) == 6 and (tmp_path / 'f.png').is_file()
 
 
 def test_two_processes_are_timed_beside_one():

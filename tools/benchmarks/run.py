@@ -1,7 +1,8 @@
 """Measure this project beside others on the same work, in one process.
 
-    python tools/benchmarks/run.py --suite {solver,step,memory,scale}
+    python tools/benchmarks/run.py --suite {f,solver,step,memory,scale}
 
+f:      one evaluation of f and one vjp to its state, by fused operations and by torch's.
 solver: time of a solve over the time of its evaluations of f, for every solver.
 step:   a training step (forward and backward) of the tiny CIFAR-10 network at the same number of
         evaluations, beside torchdeq's solvers on the same f, plain backpropagation through as many
@@ -26,6 +27,7 @@ from typing import Any
 
 import mdeq_mm
 
+import f
 import memory
 import mmcv
 import mmengine
@@ -35,7 +37,7 @@ import step
 import torch
 from matplotlib.figure import Figure
 
-SUITES = dict(solver=solver, step=step, memory=memory, scale=scale)
+SUITES = dict(f=f, solver=solver, step=step, memory=memory, scale=scale)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--suite', required=True, choices=SUITES, help='what to measure')
     parser.add_argument('--repeats', type=int, default=5, help='rounds, of each candidate once')
-    parser.add_argument('--batch', type=int, default=32, help='images, of suites solver and step')
+    parser.add_argument(
+        '--batch', type=int, default=32, help='images, of suites f, solver and step'
+    )
     parser.add_argument('--nfe', type=int, default=24, help='evaluations of f in either pass')
     parser.add_argument(
         '--crop',

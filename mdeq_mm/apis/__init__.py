@@ -16,8 +16,7 @@ from .config import (
 )
 from .data import check_data
 from .dataset_folder import write_dataset
-from .equilibrium import find_backbone, find_layers, limited_evaluations, unrolled
-from .model import build_model, load_model
+from .model import build_model, evaluations_allowed, find_backbone, load_model
 from .runner import build_runner, leave_process_group
 from .scales import check_scales
 
@@ -31,18 +30,16 @@ __all__ = [
     'check_checkpoint',
     'check_data',
     'check_scales',
+    'evaluations_allowed',
     'find_backbone',
-    'find_layers',
     'find_resumable_checkpoint',
     'fit_to_machine',
     'leave_process_group',
-    'limited_evaluations',
     'load_config',
     'load_model',
     'merge_options',
     'one_line_errors',
     'pretrained_files',
     'set_dataloader_defaults',
-    'unrolled',
     'write_dataset',
 ]

@@ -1,5 +1,7 @@
 """The model of a config, without a Runner."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.config import Config
@@ -8,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
+from ..deq import ImplicitLayer
 from .checkpoints import check_checkpoint
 from .data import dataset_class
 
@@ -54,3 +57,47 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     dataset = cfg.test_dataloader.dataset
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The model's MDEQBackbone, or a module of one's own with the same face.
+
+    That is ``problem(x)`` for a batch of images, an ImplicitLayer named ``implicit`` and an f named
+    ``cell``.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if callable(getattr(module, 'problem', None))
+        and isinstance(getattr(module, 'implicit', None), ImplicitLayer)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f'the model has {len(found)} MDEQBackbone modules (or others with problem(x) and an '
+            'ImplicitLayer named implicit); want exactly one'
+        )
+    return found[0]
+
+
+@contextmanager
+def evaluations_allowed(layer: ImplicitLayer, count: int) -> Iterator[None]:
+    """Let a layer in evaluation mode spend ``count`` evaluations of f, then put it back.
+
+    For an unrolled net they are its layers.
+
+    Args:
+        layer: The layer.
+        count: Evaluations its solver may spend; the one that follows a solve is not among them.
+    """
+    solver, layers = layer.eval_solver, layer.unrolled_layers
+    if layers:
+        layer.unrolled_layers = count
+    else:
+        layer.eval_solver = (solver or layer.solver).replace(max_iter=count, jitter=None)
+    try:
+        yield
+    finally:
+        layer.eval_solver, layer.unrolled_layers = solver, layers

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
-from mdeq_mm.deq import FixedPointIteration, FunctionProblem
+from mdeq_mm.deq import Anderson, Problem
 from tools.analysis_tools import accuracy_vs_nfe, get_flops, inference, plot_convergence
 
 from ..mini_datasets import write_cityscapes, write_class_folders
@@ -101,11 +101,14 @@ class TestPlotConvergence:
         assert one['mean'] == one['low'] == one['high']
         assert best.item() == pytest.approx(min(row[0] for row in one['mean']), rel=1e-4)
 
-    def test_residuals_are_of_all_scales_and_of_each(self):
-        states = [torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1)]
-        problem = FunctionProblem(lambda z: [2 * part + 1 for part in z], states)
-        once = FixedPointIteration(max_iter=1, tol=0)
-        rows, _ = plot_convergence.residuals(problem, once)
+    def test_scales_add_up_to_the_whole(self):
+        class Doubled(Problem):
+            start, shapes = torch.tensor([[0.0, 0, 0, 0, 1]]), [(1, 2, 2), (1, 1, 1)]
+
+            def __call__(self, z):
+                return 2 * z + 1
+
+        rows, _ = plot_convergence.residuals(Doubled(), Anderson(max_iter=1))
         # f(z) - z = (1 1 1 1 | 2), f(z) = (1 1 1 1 | 3)
         wanted = [(8 / 13) ** 0.5, 1, 2 / 3]
         assert rows[0].tolist() == pytest.approx(wanted)
@@ -139,7 +142,7 @@ class TestAccuracyVsNFE:
         weights = save_checkpoint('seg.py')
         with pytest.raises(SystemExit):
             accuracy_vs_nfe.main(['seg.py', weights, '--nfe', '0'])
-        assert 'at least one evaluation' in capsys.readouterr().err
+        assert 'at least one call' in capsys.readouterr().err
         for config, options, words in (
             ('no.py', [], 'no.py does not exist'),
             ('seg.py', ['model.backbone.unrolled_layers=2'], 'unrolls 2 layers'),
@@ -223,13 +226,13 @@ class TestGetFlops:
         blocks = (full + half) * 2 * (9 * 8 * 8)
         # One stride-2 3x3 down and one 1x1 up (both at half size), a 1x1 at the end of each.
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
-        assert cost.call[1] == 2 * (blocks + fusion)
+        assert cost.evaluation[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
         # In three evaluations one pair is remembered; beside it stands the step.
         assert cost.history == pytest.approx(3 * 4 * cost.state, rel=1e-2)
         parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
-        assert cost.total[1] == cost.stem[1] + 4 * cost.call[1] + cost.head[1]
+        assert cost.total[1] == cost.stem[1] + 4 * cost.evaluation[1] + cost.head[1]
 
     def test_agrees_with_a_count_of_the_real_forward(self, tiny):
         options = ['--cfg-options', 'model.backbone.solver.tol=0']

@@ -47,7 +47,7 @@ def test_every_round_runs_every_candidate_once():
     assert min(min(values) for values in samples.values()) >= 0
 
 
-@pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 10)])
+@pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 8)])
 def test_suites_write_numbers_and_a_picture(tmp_path, suite, base, count):
     pytest.importorskip('mmpretrain')
     flags = ['--suite', suite, '--repeats', '1', '--batch', '1', '--nfe', '2', '--device', 'cpu']
@@ -69,14 +69,16 @@ def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
     run(FOLDER / 'run.py', *flags, '--out', tmp_path)
     result = json.loads((tmp_path / 'f.json').read_text())
     shares, least = result['fused_over_native'], result['minimum']
-    for precision in ('float32', 'bf16'):
+    precisions = sorted({name.split(',')[0] for name in least})
+    assert 'float32' in precisions
+    for precision in precisions:
         where = f'{precision}, 1 thread'
         both = [
             least[f'{where}, f, {kernel}'] + least[f'{where}, vjp, {kernel}']
             for kernel in ('cpp', 'native')
         ]
         assert shares[f'{where}, f and vjp'] == pytest.approx(both[0] / both[1])
-    assert len(shares) == 6 and (tmp_path / 'f.png').is_file()
+    assert len(shares) == 3 * len(precisions) and (tmp_path / 'f.png').is_file()
 
 
 def test_two_processes_are_timed_beside_one():

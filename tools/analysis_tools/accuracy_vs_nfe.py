@@ -1,4 +1,4 @@
-"""What each evaluation of f buys: a checkpoint's metrics by how many its solver may spend."""
+"""What each call of f buys: a checkpoint's metrics by the calls its solver is allowed."""
 
 import argparse
 import json
@@ -10,9 +10,9 @@ from mdeq_mm.apis import (
     check_checkpoint,
     check_data,
     check_scales,
-    find_layers,
+    evaluations_allowed,
+    find_backbone,
     fit_to_machine,
-    limited_evaluations,
     load_config,
     one_line_errors,
 )
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_cfg_options(parser)
     args = parser.parse_args(argv)
     if min(args.nfe) < 1:
-        parser.error(f'--nfe {min(args.nfe)}: at least one evaluation of f')
+        parser.error(f'--nfe {min(args.nfe)}: at least one call of f')
     return args
 
 
@@ -65,21 +65,21 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
-    """Test once for each count of evaluations.
+    """Test once for each count of calls.
 
     Returns:
         For each: ``nfe`` (the count allowed), the metrics, and the solver's ``deq_*`` where the
         config has a SolverStatsHook.
 
     Raises:
-        ValueError: If the model has no equilibrium.
+        ValueError: If the model has no equilibrium, or several.
     """
-    unrolled = [layer.unrolled_layers for layer in find_layers(runner.model)]
-    if any(unrolled):
-        raise ValueError(f'this net unrolls {max(unrolled)} layers; it solves nothing')
+    implicit = find_backbone(runner.model).implicit
+    if implicit.unrolled_layers:
+        raise ValueError(f'this net unrolls {implicit.unrolled_layers} layers; it solves nothing')
     found = []
     for count in counts:
-        with limited_evaluations(runner.model, count):
+        with evaluations_allowed(implicit, count):
             metrics = {name: float(value) for name, value in runner.test().items()}
         scalars = runner.message_hub.log_scalars
         names = [key for key in scalars if key.startswith('test/test/deq_')]
@@ -89,7 +89,7 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
 
 
 def paint(rows: list[dict[str, float]], metric: str, path: Path) -> None:
-    """The metric, and the residual under it, against the evaluations allowed."""
+    """The metric, and the residual under it, against the calls allowed."""
     figure = Figure(figsize=(6, 4.5), layout='constrained')
     names = [metric] + ([RESIDUAL] if RESIDUAL in rows[0] else [])
     plots = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -99,7 +99,7 @@ def paint(rows: list[dict[str, float]], metric: str, path: Path) -> None:
         plot.grid(alpha=0.3)
         if name == RESIDUAL:
             plot.set_yscale('log')
-    plots[-1].set_xlabel('evaluations of f allowed')
+    plots[-1].set_xlabel('calls of f allowed')
     figure.savefig(path, dpi=120)
 
 

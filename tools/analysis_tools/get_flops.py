@@ -1,32 +1,22 @@
-"""Count parameters and operations: of stem, one evaluation of f, neck and head, and in all.
+"""Count parameters and operations: of the stem, of one evaluation of f, of the head, and of all.
 
-Counted are convolutions and matrix products. A multiplication and the addition that follows it are
-one MAC, which the tables of OpenMMLab and most papers call a FLOP, and two FLOPs. Nothing is
-computed: the model lives on the meta device, so any size of image takes no memory. A forward pass
-evaluates f once more than the solver, in evaluation mode whatever the gradient; the solver may stop
-before max_iter, so that the last row is an upper bound.
+Counted are convolutions and matrix products, in multiply-adds (MAC), which OpenMMLab's tables call
+FLOPs, and in floating-point operations (FLOP), two for each. Nothing is computed: the model lives
+on the meta device, so an image of any size takes no memory. The solver may stop before max_iter,
+so the last row is an upper bound.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
-from mdeq_mm.apis import (
-    add_cfg_options,
-    build_model,
-    find_backbone,
-    load_config,
-    one_line_errors,
-    unrolled,
-)
+from mdeq_mm.apis import add_cfg_options, build_model, find_backbone, load_config, one_line_errors
 from mdeq_mm.deq import Solver
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-T = TypeVar('T')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,19 +36,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Cost:
-    """Parameters, operations and memory for one image.
+    """Parameters and operations for one image.
 
     Attributes:
-        stem, call, head: (parameters, FLOPs) of stem and injection, of one evaluation of f, and
-            of neck and head.
-        nfe: Evaluations of f in a forward pass at most: ``max_iter`` of the solver and the one
-            that follows the solve, or the layers of an unrolled net.
+        stem, evaluation, head: (parameters, FLOP) of stem and injection, of one evaluation of f,
+            and of neck and head.
+        nfe: Evaluations of f in a forward pass at most, with the one that follows the solve.
         state: Numbers in the state z.
-        history: Bytes that the solver keeps beside the state.
+        history: Bytes that the solver keeps beside it.
     """
 
     stem: tuple[int, int]
-    call: tuple[int, int]
+    evaluation: tuple[int, int]
     head: tuple[int, int]
     nfe: int
     state: int
@@ -66,20 +55,22 @@ class Cost:
 
     @property
     def total(self) -> tuple[int, int]:
-        """Parameters and FLOPs of the whole forward pass."""
-        parameters = self.stem[0] + self.call[0] + self.head[0]
-        return parameters, self.stem[1] + self.nfe * self.call[1] + self.head[1]
+        """Parameters and FLOP of the whole forward pass."""
+        parameters = self.stem[0] + self.evaluation[0] + self.head[0]
+        return parameters, self.stem[1] + self.nfe * self.evaluation[1] + self.head[1]
 
     def __str__(self) -> str:
         rows = [
             ('stem', *self.stem),
-            ('one evaluation of f', *self.call),
-            ('neck and head', *self.head),
+            ('one evaluation of f', *self.evaluation),
+            ('head', *self.head),
             (f'in all, {self.nfe} evaluations', *self.total),
         ]
         lines = [f'{"":24}{"parameters":>14}{"GMAC":>12}{"GFLOP":>12}']
-        for name, count, flops in rows:
-            lines.append(f'{name:24}{count:14,}{flops / 2e9:12.3f}{flops / 1e9:12.3f}')
+        lines += [
+            f'{name:24}{count:14,}{flop / 2e9:12.3f}{flop / 1e9:12.3f}'
+            for name, count, flop in rows
+        ]
         history = f'{self.history / 1e6:.1f} MB'
         lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} beside it')
         return '\n'.join(lines)
@@ -102,38 +93,42 @@ def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cos
         ValueError: If the model has no MDEQ, or several.
     """
     backbone = find_backbone(model)
-    layer, x = backbone.implicit, torch.zeros(1, in_channels, *shape, device='meta')
-    stem, problem = _flops_of(lambda: backbone.problem(x))
-    call, z = _flops_of(lambda: problem(problem.start))
-    # One evaluation in the place of the solve: what is left is that of neck and head.
-    with unrolled(layer, 1):
-        whole, _ = _flops_of(lambda: model(x, mode='tensor'))
+    implicit = backbone.implicit
+    # Those of the solver and one more; as many as there are layers where they are unrolled.
+    solver = None if implicit.unrolled_layers else implicit.current_solver
+    x = torch.zeros(1, in_channels, *shape, device='meta')
+    problem, stem = _flop(lambda: backbone.problem(x))
+    _, evaluation = _flop(lambda: problem(problem.start))
+    layers, implicit.unrolled_layers = implicit.unrolled_layers, 1
+    try:
+        _, once = _flop(lambda: model(x, mode='tensor'))
+    finally:
+        implicit.unrolled_layers = layers
     auxiliary = [m for n, m in model.named_children() if n == 'auxiliary_head']
-    f = _parameters(backbone.cell)
-    before = _parameters(backbone) - f
-    after = _parameters(model) - _parameters(*auxiliary, backbone)
+    cell = _parameters(backbone.cell)
+    head = _parameters(model) - _parameters(*auxiliary, backbone)
     return Cost(
-        stem=(before, stem),
-        call=(f, call),
-        head=(after, whole - stem - call),
-        nfe=layer.unrolled_layers or layer.current_solver.max_iter + 1,
-        state=z.shape[1],
-        history=0 if layer.unrolled_layers else _history(layer.current_solver, z),
+        stem=(_parameters(backbone) - cell, stem),
+        evaluation=(cell, evaluation),
+        head=(head, once - stem - evaluation),
+        nfe=implicit.unrolled_layers if solver is None else solver.max_iter + 1,
+        state=problem.start.shape[1],
+        history=0 if solver is None else _history(solver, problem.start),
     )
 
 
-def _flops_of(function: Callable[[], T]) -> tuple[int, T]:
-    """Floating-point operations of a call, and what it returns."""
-    with FlopCounterMode(display=False) as counter:
-        result = function()
-    return counter.get_total_flops(), result
-
-
-def _history(solver: Solver, z: Tensor) -> int:
+def _history(solver: Solver, start: Tensor) -> int:
     """Bytes of the tensors that a solve from a state (1, D) on the meta device keeps beside it."""
-    state = solver.init(z)
+    state = solver.init(start)
     tensors = [v for v in vars(state).values() if isinstance(v, Tensor)] if state else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _flop(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, and the operations it took."""
+    with FlopCounterMode(display=False) as counter:
+        value = function()
+    return value, counter.get_total_flops()
 
 
 def main(argv: list[str] | None = None) -> Cost:

@@ -12,8 +12,8 @@ from typing import Any
 from mdeq_mm.apis import (
     add_cfg_options,
     add_device_argument,
+    evaluations_allowed,
     find_backbone,
-    limited_evaluations,
     load_config,
     load_model,
     one_line_errors,
@@ -94,17 +94,16 @@ def predict_by_calls(
         For each the prediction and the relative residual; None for an unrolled net, which
         measures none.
     """
-    layer = find_backbone(model).implicit
-    calls = calls or layer.unrolled_layers or layer.current_solver.max_iter
+    implicit = find_backbone(model).implicit
+    calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
-        # Each from the beginning, also where a solve otherwise starts at the one before.
-        layer.start.reset()
-        with limited_evaluations(model, number):
+        # From the beginning, also where a solve otherwise starts at the last equilibrium.
+        implicit.start.reset()
+        with evaluations_allowed(implicit, number):
             sample = predict(model, data)
-        stats = layer.forward_stats
+        stats = implicit.forward_stats
         found.append((sample, None if stats is None else float(stats.residual[0])))
-    layer.start.reset()
     return found
 
 

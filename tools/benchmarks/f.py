@@ -6,7 +6,7 @@ from typing import Any
 from mdeq_mm.kernels import extension, resolve
 
 import torch
-from nets import TINY, autocast, backbone
+from nets import TINY, autocast, backbone, has_bfloat16
 from timing import Result, Step, interleaved
 
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16)
@@ -20,6 +20,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for count in sorted(threads):
         torch.set_num_threads(count)
         for precision in PRECISIONS:
+            if precision == 'bf16' and not has_bfloat16(args.device):
+                continue
             steps = candidates(args, precision, ('native', fused))
             where = f'{precision}, {count} thread{"s" * (count > 1)}'
             for name, values in interleaved(steps, args.repeats, args.device).items():

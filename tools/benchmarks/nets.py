@@ -19,8 +19,6 @@ def backbone(
 ) -> MDEQBackbone:
     """An MDEQ in training mode that spends exactly ``nfe`` evaluations of f in either pass."""
     parts = dict(type=solver, max_iter=nfe, tol=0.0)
-    if solver != 'FixedPointIteration':
-        parts['memory'] = 10
     options.setdefault('gradient', dict(type='ImplicitGradient', solver=parts))
     torch.manual_seed(0)
     return MDEQBackbone(solver=parts, **options).to(device)
@@ -89,6 +87,11 @@ def hrnet_w18(device: str) -> nn.Module:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to ``dtype``, or none."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16. A CPU without instructions for it takes minutes."""
+    return device != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def train_step(net: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Step:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nets import TINY, Torchdeq, backbone, calls_alone, resnet101, train_step
+from nets import TINY, Torchdeq, backbone, calls_alone, has_bfloat16, resnet101, train_step
 from timing import Result, Step, interleaved, matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,16 +33,19 @@ def candidates(args: argparse.Namespace, x: torch.Tensor) -> dict[str, Step]:
 
     steps: dict[str, Step] = {
         'mdeq_mm Broyden': step(),
-        'mdeq_mm Broyden, bf16': step(bf16),
         'mdeq_mm Anderson': step(solver='Anderson'),
         'mdeq_mm plain': step(solver='FixedPointIteration'),
         'mdeq_mm Broyden + phantom': step(gradient=dict(type='PhantomGradient')),
         'mdeq_mm Broyden + Jacobian-free': step(gradient=dict(type='JacobianFreeGradient')),
         f'{nfe} unrolled layers': step(unrolled_layers=nfe),
         'calls alone': calls_alone(net, x, nfe, None),
-        'calls alone, bf16': calls_alone(net, x, nfe, bf16),
         'ResNet-101 (mmpretrain)': train_step(resnet101(device), x),
     }
+    if has_bfloat16(device):
+        steps['mdeq_mm Broyden, bf16'] = step(bf16)
+        steps['calls alone, bf16'] = calls_alone(net, x, nfe, bf16)
+    else:
+        print('  this CPU has no instructions for bfloat16: left out')
     try:
         for name in ('broyden', 'anderson', 'fixed_point_iter'):
             module = Torchdeq(backbone(device, **TINY), nfe, name, ift=True)
@@ -63,6 +66,8 @@ def limits(result: Result, operations: int, device: str) -> dict[str, Any]:
     """How far a step and its calls alone are from the speed of a large matrix product."""
     found = {}
     for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
+        if dtype == torch.bfloat16 and not has_bfloat16(device):
+            continue
         rate = matmul_rate(device, dtype)
         found[f'limit_{name}'] = dict(operations=operations, rate=rate, seconds=operations / rate)
         suffix = ', bf16' if name == 'bfloat16' else ''

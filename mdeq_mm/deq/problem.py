@@ -1,5 +1,6 @@
 """What solvers and gradients are given: f bound to one batch, as a function of a flat state."""
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -140,7 +141,7 @@ class FunctionProblem(Problem):
         return parts
 
     def maps(self, z: Tensor) -> State:
-        sizes = [shape.numel() for shape in self.shapes]
+        sizes = [math.prod(shape) for shape in self.shapes]
         parts = [
             part.reshape(z.shape[0], *shape).to(dtype)
             for part, shape, dtype in zip(z.split(sizes, dim=1), self.shapes, self.dtypes)
@@ -154,7 +155,7 @@ class FunctionProblem(Problem):
         return self._flat([maps] if self.single else maps).to(self.start.dtype)
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        flat = [p.reshape(p.shape[0], s.numel()) for p, s in zip(parts, self.shapes)]
+        flat = [p.reshape(p.shape[0], math.prod(s)) for p, s in zip(parts, self.shapes)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
@@ -188,7 +189,7 @@ def _check_start(parts: Any) -> None:
                 f'z0 must be real and floating, got {part.dtype}. Convert it: z0.float(), or '
                 'torch.view_as_real(z0) for a complex state.'
             )
-        if part.dim() == 0 or part.shape[1:].numel() == 0:
+        if part.dim() == 0 or 0 in part.shape[1:]:
             raise ValueError(
                 f'z0 must be (N, ...) with at least one value a sample, got {tuple(part.shape)}.'
             )

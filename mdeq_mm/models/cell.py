@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..kernels import KERNELS, Term, norm_relu, residual_norms, sum_rectify
+from ..kernels import KERNELS, Term, norm_relu, residual_norms, resolve, sum_rectify
 from ..layers import (
     MDEQConv2d,
     MDEQGroupNorm,
@@ -222,7 +222,7 @@ class MDEQCell(nn.Module):
     ) -> None:
         super().__init__()
         check_choice('MDEQCell', 'upsample', upsample, ('nearest', 'bilinear'))
-        check_choice('MDEQCell', 'norm_kernel', norm_kernel, KERNELS)
+        self.norm_kernel = check_choice('MDEQCell', 'norm_kernel', norm_kernel, KERNELS)
         for i, c in enumerate(channels):
             # Before the wider inner norms, whose widths the user never wrote, can complain.
             check_groups(
@@ -256,7 +256,12 @@ class MDEQCell(nn.Module):
         return [fusion(features, self.smooth) for fusion in self.fusions]
 
     def state_shapes(self, injection: Tensor) -> list[tuple[int, int, int]]:
-        """(Ci, Hi, Wi) per scale, each half the one before, rounded up."""
+        """(Ci, Hi, Wi) per scale, each half the one before, rounded up.
+
+        Asked before a solve: what computes f is loaded here, so that the first solve of a process,
+        as after a resumed checkpoint, does not begin by another arithmetic than the others.
+        """
+        resolve(self.norm_kernel, injection.device)
         h, w = injection.shape[-2:]
         shapes = []
         for c in self.channels:

@@ -1,0 +1,32 @@
+"""Devices, and arithmetic that can be compared between them."""
+
+import pytest
+import torch
+
+from . import DEVICE, MARKS
+
+
+@pytest.fixture(params=['cpu', pytest.param(DEVICE, marks=MARKS)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """float32 in float32: by itself cuDNN rounds to TF32, and chooses algorithms that differ."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def programs():
+    """What torch.compile made is forgotten before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -74,7 +74,9 @@ def small_config(name: str) -> Config:
     """A config with its widths cut down; its structure stays."""
     cfg = Config.fromfile(CONFIGS / f'{name}.py')
     solver = dict(max_iter=4, tol=0, memory=3)
-    cfg.model.backbone.update(channels=[8, 16, 24, 32], expansion=1)
+    # Norms of several channels each: one of a single channel hides the length of a weight.
+    norm_cfg = dict(type='GN', num_groups=4)
+    cfg.model.backbone.update(channels=[8, 16, 24, 32], expansion=1, norm_cfg=norm_cfg)
     cfg.model.backbone.solver.update(solver)
     cfg.model.backbone.gradient.solver.update(solver)
     return cfg

@@ -12,11 +12,13 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
+def exact_convolutions():
     """float32 in float32: by itself cuDNN rounds to TF32, and chooses algorithms that differ."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = False, True, False
+    yield
+    cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)

@@ -148,11 +148,11 @@ def test_tools_train_and_validate(name, amp, tmp_path, monkeypatch):
         counts = dict(train=2, test=1)
         options.append(f'data_root={write_class_folders(tmp_path / "data", counts)}')
     runner = train.main([f'{name}.py', *amp, *options])
-    assert {p.device.type for p in runner.model.parameters()} == {'cuda'}
     scalars = runner.message_hub.log_scalars
     metric = dict(seg='val/mIoU', cls='val/accuracy/top1')[name]
     assert 0 <= scalars[metric].current() <= 100
     assert torch.isfinite(torch.tensor(scalars['train/loss'].data[0])).all()
+    assert {p.device.type for p in runner.model.parameters()} == {'cuda'}
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_syncbn_of_one_process_is_batch_norm(one_process):
     assert any(isinstance(module, SyncBatchNorm) for module in model.modules())
     device = torch.cuda.current_device()
     shared = MMDistributedDataParallel(model, device_ids=[device], broadcast_buffers=False)
-    optimizer = torch.optim.SGD(shared.parameters(), lr=0.01)
+    optimizer = dict(type='SGD', lr=0.01)
     wrapper = build_optim_wrapper(shared, dict(type='OptimWrapper', optimizer=optimizer))
     loss = shared.train_step(copy.deepcopy(data), wrapper)['loss']
     assert_near([loss], [wanted[0]], 1e-4)

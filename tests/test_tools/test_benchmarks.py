@@ -15,12 +15,15 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / 'tools/benchmarks'
 
 
-def run(*arguments):
-    """Python in a process of its own, where this checkout is installed."""
+def run(*arguments, **variables):
+    """Python in a process of its own, where this checkout is installed.
+
+    ``variables`` are added to its environment.
+    """
     path = os.pathsep.join([str(REPO), str(FOLDER)])
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **variables},
         text=True,
         capture_output=True,
         timeout=600,
@@ -98,3 +101,101 @@ with PeakMemory('cpu') as memory:
 assert memory.peak >= 2**27
 """
     run('-c', code)
+
+
+SUITE_GPU = [FOLDER / 'run.py', '--suite', 'gpu', '--device', 'cpu', '--batch', 1, '--nfe', 2]
+
+
+def table(folder):
+    """Cells of the rows of a Markdown table, by name."""
+    lines = (folder / 'gpu.md').read_text().splitlines()
+    head, _, *rows = [line.strip('|').split('|') for line in lines if line.startswith('|')]
+    keys = [cell.strip() for cell in head]
+    return [dict(zip(keys, (cell.strip() for cell in row), strict=True)) for row in rows]
+
+
+def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
+    """In the place of a GPU, a CPU; without a compiler the compiled norms cannot be."""
+    run(
+        *SUITE_GPU,
+        '--repeats',
+        2,
+        '--out',
+        tmp_path,
+        '--only',
+        'tiny.*contiguous, native, float32$',
+    )
+    before = json.loads((tmp_path / 'gpu.json').read_text())['rows']
+    pattern = 'tiny.*mdeq_mm, (contiguous, compiled|channels last, native), float32$'
+    run(
+        *SUITE_GPU,
+        *('--repeats', 1, '--out', tmp_path, '--only', pattern),
+        CXX='no-such-compiler',
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'programs'),
+    )
+    result = json.loads((tmp_path / 'gpu.json').read_text())
+    rows = result['rows']
+    assert result['environment']['device'] == 'cpu' and result['batch'] == 1
+    # What was measured before is still there. torchdeq is optional.
+    assert before.items() <= rows.items()
+    name = 'tiny 2+2, mdeq_mm, {}, float32'.format
+    whole, failed, other = (
+        rows[name(way)]
+        for way in ('contiguous, native', 'contiguous, compiled', 'channels last, native')
+    )
+    assert len(whole['seconds']) == 2 and len(other['seconds']) == 1
+    assert whole['finite'] and other['finite'] and min(whole['seconds']) > 0
+    assert 'compiler' in failed['error']
+    shown = {
+        (row['layout'], row['norms']): row for row in table(tmp_path) if row['code'] == 'mdeq_mm'
+    }
+    assert len(shown) == 3
+    row = shown['contiguous', 'compiled']
+    assert row['ms'] == 'failed' and 'compiler' in row['note']
+    assert float(shown['contiguous', 'native']['ms']) == pytest.approx(
+        1e3 * min(whole['seconds']), rel=1e-3
+    )
+
+
+def test_every_combination_is_measured_once():
+    code = """
+import gpu
+from collections import Counter
+every = gpu.rows(24)
+assert len({row.name for row in every}) == len(every)
+count = Counter((row.net, row.nfe, row.code) for row in every)
+nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
+# Layouts, kernels, precisions, compiled or not.
+assert count == {
+    ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
+    **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
+    **{(*net, 'torchdeq'): 2 * 3 for net in nets},
+}
+(row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
+net, _ = gpu.build(row, gpu.torch.zeros(1, 3, 32, 32))
+assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
+assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
+assert net.channels == (32, 64, 128, 256) and net.channels_last is True
+"""
+    run('-c', code)
+
+
+def test_a_row_that_ends_its_process_or_lasts_too_long_is_told():
+    code = """
+import math, os
+from worker import Worker
+with Worker() as worker:
+    assert worker.run(math.sqrt, 4, limit=300) == (2, None)
+    assert worker.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
+    assert worker.run(os.abort, limit=300) == (None, 'the process ended with exit code -6')
+    # Its process has not begun yet.
+    assert worker.run(math.sqrt, 4, limit=0) == (None, 'not done after 0 s')
+    assert worker.run(math.sqrt, 9, limit=300) == (3, None)
+"""
+    run('-c', code)
+
+
+def test_no_gpu_is_told_at_once():
+    code = 'import run; run.parse_args(["--suite", "gpu", "--device", "cuda"])'
+    with pytest.raises(AssertionError, match='finds no GPU here'):
+        run('-c', code, CUDA_VISIBLE_DEVICES='')

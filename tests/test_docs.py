@@ -75,6 +75,8 @@ def parse(monkeypatch):
     def run(path, arguments):
         with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
             patch.setattr(sys, 'argv', [str(path), *arguments])
+            # Where Python finds the modules beside a script.
+            patch.syspath_prepend(str(path.parent))
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
             runpy.run_path(str(path), run_name='__main__')
         return found.value.args[0]

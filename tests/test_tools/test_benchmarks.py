@@ -116,49 +116,34 @@ def table(folder):
 
 def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
     """In the place of a GPU, a CPU; without a compiler the compiled norms cannot be."""
+    pattern = 'tiny.*mdeq_mm, (contiguous, (native|compiled)|channels last, native), float32$'
     run(
         *SUITE_GPU,
-        '--repeats',
-        2,
-        '--out',
-        tmp_path,
-        '--only',
-        'tiny.*contiguous, native, float32$',
-    )
-    before = json.loads((tmp_path / 'gpu.json').read_text())['rows']
-    pattern = 'tiny.*mdeq_mm, (contiguous, compiled|channels last, native), float32$'
-    run(
-        *SUITE_GPU,
-        *('--repeats', 1, '--out', tmp_path, '--only', pattern),
+        *('--repeats', 2, '--out', tmp_path, '--only', pattern),
         CXX='no-such-compiler',
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'programs'),
     )
     result = json.loads((tmp_path / 'gpu.json').read_text())
-    rows = result['rows']
     assert result['environment']['device'] == 'cpu' and result['batch'] == 1
-    # What was measured before is still there. torchdeq is optional.
-    assert before.items() <= rows.items()
-    name = 'tiny 2+2, mdeq_mm, {}, float32'.format
-    whole, failed, other = (
-        rows[name(way)]
-        for way in ('contiguous, native', 'contiguous, compiled', 'channels last, native')
-    )
-    assert len(whole['seconds']) == 2 and len(other['seconds']) == 1
-    assert whole['finite'] and other['finite'] and min(whole['seconds']) > 0
+    before, failed, after = result['rows'].values()
+    for row in (before, after):
+        assert len(row['seconds']) == 2 and min(row['seconds']) > 0 and row['finite']
     assert 'compiler' in failed['error']
-    shown = {
-        (row['layout'], row['norms']): row for row in table(tmp_path) if row['code'] == 'mdeq_mm'
-    }
-    assert len(shown) == 3
-    row = shown['contiguous', 'compiled']
-    assert row['ms'] == 'failed' and 'compiler' in row['note']
-    assert float(shown['contiguous', 'native']['ms']) == pytest.approx(
-        1e3 * min(whole['seconds']), rel=1e-3
-    )
+    shown = table(tmp_path)
+    assert [(row['layout'], row['norms']) for row in shown] == [
+        ('contiguous', 'native'),
+        ('contiguous', 'compiled'),
+        ('channels last', 'native'),
+    ]
+    assert shown[1]['ms'] == 'failed' and 'compiler' in shown[1]['note']
+    for row, of in ((shown[0], before), (shown[2], after)):
+        assert float(row['ms']) == pytest.approx(1e3 * min(of['seconds']), rel=1e-3)
 
 
-def test_every_combination_is_measured_once():
-    code = """
+def test_every_combination_is_measured_once(tmp_path):
+    code = f"""
+import json
+import pathlib
 import gpu
 from collections import Counter
 every = gpu.rows(24)
@@ -168,14 +153,22 @@ nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
 # Layouts, kernels, precisions, compiled or not.
 assert count == {
     ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
-    **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
-    **{(*net, 'torchdeq'): 2 * 3 for net in nets},
-}
+    **{{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets}},
+    **{{(*net, 'torchdeq'): 2 * 3 for net in nets}},
+}}
 (row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
 net, _ = gpu.build(row, gpu.torch.zeros(1, 3, 32, 32))
 assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
 assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
 assert net.channels == (32, 64, 128, 256) and net.channels_last is True
+
+# What was measured on the same machine stays; its load is another each time.
+path = pathlib.Path({str(tmp_path)!r}, 'gpu.json')
+settings = dict(environment=dict(name='card', load=1.0), batch=32)
+path.write_text(json.dumps(dict(settings, rows=dict(a=1))))
+assert gpu._measured_before(path, dict(settings, environment=dict(name='card', load=2.0))) == dict(a=1)
+assert gpu._measured_before(path, dict(settings, environment=dict(name='other', load=1.0))) == {{}}
+assert gpu._measured_before(path, dict(settings, batch=16)) == {{}}
 """
     run('-c', code)
 

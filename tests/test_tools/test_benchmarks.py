@@ -140,10 +140,8 @@ def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
         assert float(row['ms']) == pytest.approx(1e3 * min(of['seconds']), rel=1e-3)
 
 
-def test_every_combination_is_measured_once(tmp_path):
-    code = f"""
-import json
-import pathlib
+def test_every_combination_is_measured_once():
+    code = """
 import gpu
 from collections import Counter
 every = gpu.rows(24)
@@ -153,22 +151,35 @@ nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
 # Layouts, kernels, precisions, compiled or not.
 assert count == {
     ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
-    **{{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets}},
-    **{{(*net, 'torchdeq'): 2 * 3 for net in nets}},
-}}
+    **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
+    **{(*net, 'torchdeq'): 2 * 3 for net in nets},
+}
 (row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
 net, _ = gpu.build(row, gpu.torch.zeros(1, 3, 32, 32))
 assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
 assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
 assert net.channels == (32, 64, 128, 256) and net.channels_last is True
+"""
+    run('-c', code)
 
-# What was measured on the same machine stays; its load is another each time.
-path = pathlib.Path({str(tmp_path)!r}, 'gpu.json')
-settings = dict(environment=dict(name='card', load=1.0), batch=32)
-path.write_text(json.dumps(dict(settings, rows=dict(a=1))))
-assert gpu._measured_before(path, dict(settings, environment=dict(name='card', load=2.0))) == dict(a=1)
-assert gpu._measured_before(path, dict(settings, environment=dict(name='other', load=1.0))) == {{}}
-assert gpu._measured_before(path, dict(settings, batch=16)) == {{}}
+
+def test_what_was_measured_on_the_same_machine_stays():
+    """Its load is another each time."""
+    code = """
+import json
+import pathlib
+import tempfile
+import gpu
+path = pathlib.Path(tempfile.mkdtemp(), 'gpu.json')
+assert gpu._measured_before(path, {}) == {}
+before = dict(environment=dict(name='card', load=1.0), batch=32)
+path.write_text(json.dumps(dict(before, rows=dict(a=1))))
+later = dict(before, environment=dict(name='card', load=2.0))
+assert gpu._measured_before(path, later) == dict(a=1)
+assert gpu._measured_before(path, dict(later, batch=16)) == {}
+assert gpu._measured_before(path, dict(later, environment=dict(name='other', load=1.0))) == {}
+path.unlink()
+path.parent.rmdir()
 """
     run('-c', code)
 

@@ -1,5 +1,6 @@
 # Everything runs from .venv, which is made on first use and again when a requirement changes.
 # `make test STACK=upstream` does the same with upstream OpenMMLab, from .venv-upstream.
+# `make gpu GPU_PYTHON=python3` takes an interpreter as it is and makes no environment.
 PYTHON ?= python3
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
@@ -31,7 +32,7 @@ $(error STACK=$(STACK): want onedl or upstream)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow soak lint format clean
+.PHONY: help install demo test test-slow gpu soak lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,16 @@ test: $(STAMP)  ## run the test suite, but for the slow tests
 test-slow: $(STAMP)  ## train the digits network by every gradient: 20 minutes
 	@echo '==> slow tests'
 	@$(BIN)/python -m pytest -m slow
+
+# A test that fails does not keep the benchmark from running: a GPU may be there for minutes only.
+gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a GPU: its tests, then the benchmark; GPU_PYTHON=python3
+	@echo '==> tests on the GPU'
+	@export PYTHONPATH='$(CURDIR)'"$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	python='$(or $(GPU_PYTHON),$(BIN)/python)'; \
+	"$$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch %s finds no GPU" % torch.__version__)' || exit 1; \
+	"$$python" -m pytest -m gpu tests/test_gpu; tests=$$?; \
+	echo '==> benchmark on the GPU'; \
+	"$$python" tools/benchmarks/run.py --suite gpu --device cuda $(GPU_FLAGS) && exit $$tests
 
 # SEED= repeats a run; unset, each run has one of its own and prints it.
 MINUTES ?= 20

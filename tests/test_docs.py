@@ -75,6 +75,8 @@ def parse(monkeypatch):
     def run(path, arguments):
         with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
             patch.setattr(sys, 'argv', [str(path), *arguments])
+            # Where Python finds the modules beside a script.
+            patch.syspath_prepend(str(path.parent))
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
             # Where Python itself looks first for what a script imports.
             patch.syspath_prepend(str(Path(path).parent))
@@ -117,14 +119,28 @@ def flat(node, prefix=''):
 
 
 def check_make(*targets):
+    """Targets of the Makefile, and variables that it reads."""
     text = (ROOT / 'Makefile').read_text()
     for target in targets:
-        assert re.search(rf'^{target}:', text, flags=re.MULTILINE), f'no target {target}'
+        name, is_variable, _ = target.partition('=')
+        if is_variable:
+            assert re.search(rf'\$[({{]*{name}\b', text), f'no variable {name}'
+        else:
+            assert re.search(rf'^{name}:', text, flags=re.MULTILINE), f'no target {name}'
 
 
 def check_pip(verb, *arguments):
     assert verb == 'install'
-    for name in arguments:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('names', nargs='*')
+    parser.add_argument('-e', '--editable', dest='names', action='append')
+    parser.add_argument('-r', '--requirement')
+    parser.add_argument('--target')
+    parser.add_argument('--no-deps', action='store_true')
+    found = parser.parse_args(arguments)
+    if found.requirement:
+        assert (ROOT / found.requirement).is_file(), f'{found.requirement} does not exist'
+    for name in found.names:
         if name.startswith('.['):
             extras = Requirement(f'mdeq-mm{name[1:]}').extras
             known = re.findall(r"'(\w+)': requirements\(", (ROOT / 'setup.py').read_text())
@@ -133,7 +149,7 @@ def check_pip(verb, *arguments):
             # Another project: one that the requirements or a tool of this one asks for.
             files = [*ROOT.glob('requirements/*.txt'), *ROOT.glob('tools/**/*.py')]
             asked = any(name in file.read_text() for file in files)
-            assert name in ('.', '-e') or asked, name
+            assert name == '.' or asked, name
 
 
 def check_module(name, *arguments):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / 'tools/benchmarks'
 
 
-def run(*arguments):
-    """Python in a process of its own, where this checkout is installed."""
+def run(*arguments, cwd=None, **variables):
+    """Python in a process of its own, where this checkout is installed.
+
+    ``variables`` are added to its environment.
+    """
     path = os.pathsep.join([str(REPO), str(FOLDER)])
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **variables},
+        cwd=cwd,
         text=True,
         capture_output=True,
         timeout=600,
@@ -98,3 +103,85 @@ with PeakMemory('cpu') as memory:
 assert memory.peak >= 2**27
 """
     run('-c', code)
+
+
+def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
+    """In the place of a GPU, a CPU, on which mmpretrain is broken."""
+    (tmp_path / 'mmpretrain').mkdir()
+    (tmp_path / 'mmpretrain/__init__.py').write_text('raise OSError("broken | by a pipe")')
+    run(
+        *(FOLDER / 'run.py', '--suite', 'gpu', '--device', 'cpu', '--batch', 1, '--nfe', 2),
+        *('--repeats', 2, '--out', tmp_path / 'out'),
+        *('--only', '(ResNet|tiny.*mdeq_mm).*contiguous, (–|native), float32$'),
+        PYTHONPATH=os.pathsep.join(map(str, (tmp_path, REPO, FOLDER))),
+    )
+    result = json.loads((tmp_path / 'out/gpu.json').read_text())
+    assert result['environment']['device'] == 'cpu' and result['batch'] == 1
+    failed, row = result['rows'].values()
+    assert failed['error'] == 'OSError: broken | by a pipe'
+    assert len(row['seconds']) == 2 and min(row['seconds']) > 0 and row['finite']
+    text = (tmp_path / 'out/gpu.md').read_text()
+    assert text.startswith(f'# Training step on {result["environment"]["name"]}\n')
+    head, line, *rows = [line for line in text.splitlines() if line.startswith('|')]
+    columns = head.count('|')
+    assert [re.sub(r'\\.', '', r).count('|') for r in (line, *rows)] == [columns] * 3
+    first, second = ([cell.strip() for cell in r.split(' | ')] for r in rows)
+    assert first[6] == 'failed' and 'broken \\|' in rows[0]
+    assert second[:6] == ['| tiny 2+2', 'mdeq_mm', 'contiguous', 'native', 'float32', 'no']
+    assert float(second[6]) == pytest.approx(1e3 * min(row['seconds']), rel=1e-3)
+
+
+def test_every_combination_is_measured_once_on_a_machine(tmp_path):
+    code = """
+import json
+import pathlib
+import gpu
+from collections import Counter
+every = gpu.rows(24)
+assert len({row.name for row in every}) == len(every)
+count = Counter((row.net, row.nfe, row.code) for row in every)
+nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
+# Layouts, kernels, precisions, compiled or not.
+assert count == {
+    ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
+    **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
+    **{(*net, 'torchdeq'): 2 * 3 for net in nets},
+}
+(row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
+net, _ = gpu.build(row, gpu.torch.zeros(1, 3, 32, 32))
+assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
+assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
+assert net.channels == (32, 64, 128, 256) and net.channels_last is True
+
+# What was measured before on the same machine stays. Its load is another each time.
+path = pathlib.Path('gpu.json')
+assert gpu._measured_before(path, {}) == {}
+before = dict(environment=dict(name='card', load=1.0), batch=32)
+path.write_text(json.dumps(dict(before, rows=dict(a=1))))
+later = dict(before, environment=dict(name='card', load=2.0))
+assert gpu._measured_before(path, later) == dict(a=1)
+assert gpu._measured_before(path, dict(later, batch=16)) == {}
+assert gpu._measured_before(path, dict(later, environment=dict(name='other', load=1.0))) == {}
+"""
+    run('-c', code, cwd=tmp_path)
+
+
+def test_a_row_that_ends_its_process_or_lasts_too_long_is_told():
+    code = """
+import math, os
+from worker import Worker
+with Worker() as worker:
+    assert worker.run(math.sqrt, 4, limit=300) == (2, None)
+    assert worker.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
+    assert worker.run(os.abort, limit=300) == (None, 'the process ended with exit code -6')
+    # Its process has not begun yet.
+    assert worker.run(math.sqrt, 4, limit=0) == (None, 'not done after 0 s')
+    assert worker.run(math.sqrt, 9, limit=300) == (3, None)
+"""
+    run('-c', code)
+
+
+def test_no_gpu_is_told_at_once():
+    code = 'import run; run.parse_args(["--suite", "gpu", "--device", "cuda"])'
+    with pytest.raises(AssertionError, match='finds no GPU here'):
+        run('-c', code, CUDA_VISIBLE_DEVICES='')

@@ -12,16 +12,31 @@ from torch import Tensor, nn
 
 TINY = dict(arch='tiny')
 SMALL = dict(arch='small')
+# The backbone of configs/mdeq_large_cifar10.py: the widths of the small one at full resolution.
+LARGE = dict(arch='small', stem_strides=(1, 1))
 
 
 def backbone(
-    device: str, nfe: int = 24, solver: str = 'LimitedMemoryBroyden', **options: Any
+    device: str,
+    nfe: int | tuple[int, int] = 24,
+    solver: str = 'LimitedMemoryBroyden',
+    **options: Any,
 ) -> MDEQBackbone:
-    """An MDEQ in training mode that spends exactly ``nfe`` evaluations of f in either pass."""
-    parts = dict(type=solver, max_iter=nfe, tol=0.0)
-    options.setdefault('gradient', dict(type='ImplicitGradient', solver=parts))
+    """An MDEQ in training mode that spends exactly ``nfe`` evaluations of f in either pass.
+
+    A pair gives those of the forward and of the backward pass.
+    """
+    forward, backward = both(nfe)
+    parts = dict(type=solver, max_iter=forward, tol=0.0)
+    adjoint = dict(parts, max_iter=backward)
+    options.setdefault('gradient', dict(type='ImplicitGradient', solver=adjoint))
     torch.manual_seed(0)
     return MDEQBackbone(solver=parts, **options).to(device)
+
+
+def both(nfe: int | tuple[int, int]) -> tuple[int, int]:
+    """Evaluations in the forward and in the backward pass."""
+    return (nfe, nfe) if isinstance(nfe, int) else nfe
 
 
 class Torchdeq(nn.Module):
@@ -29,19 +44,22 @@ class Torchdeq(nn.Module):
 
     Args:
         net: The network whose stem and f are used.
-        nfe: Evaluations in either pass.
+        nfe: Evaluations in either pass, or in the forward and in the backward one.
         solver: Name of the solver in torchdeq.
 
     Raises:
         ImportError: If torchdeq is not installed.
     """
 
-    def __init__(self, net: MDEQBackbone, nfe: int, solver: str, **options: Any) -> None:
+    def __init__(
+        self, net: MDEQBackbone, nfe: int | tuple[int, int], solver: str, **options: Any
+    ) -> None:
         super().__init__()
         from torchdeq import get_deq
 
         self.net = net
-        limits = dict(f_max_iter=nfe, b_max_iter=nfe, f_tol=0.0, b_tol=0.0)
+        forward, backward = both(nfe)
+        limits = dict(f_max_iter=forward, b_max_iter=backward, f_tol=0.0, b_tol=0.0)
         self.deq = get_deq(f_solver=solver, b_solver=solver, **limits, **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

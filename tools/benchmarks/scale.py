@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from nets import TINY, backbone, train_step
 from timing import Result, Step, interleaved
 
@@ -88,6 +87,8 @@ def _time_process(rank: int, folder: str, repeats: int, nfe: int, batch: int) ->
 
 def paint(result: dict[str, Any], path: Path) -> None:
     """Write a picture with one curve an axis."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3), layout='constrained')
     plots = figure.subplots(1, len(AXES), sharey=True)
     for plot, (axis, values) in zip(plots, AXES.items()):

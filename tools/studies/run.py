@@ -1,0 +1,199 @@
+"""Train the rows of a study with several seeds and tell what came of it.
+
+    python tools/studies/run.py recipes --list
+    python tools/studies/run.py recipes --data-root DATA --jobs 2
+    python tools/studies/run.py recipes --table --plot
+
+Each run is a process of one thread with a log of its own. A finished run is a JSON file under
+--out and is not trained again; an interrupted one goes on from its last checkpoint under
+--work-dir. The data are images in class folders, DATA/train/CLASS/* and DATA/test/CLASS/*.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from studies import STUDIES, Row, Study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row with a seed."""
+
+    row: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f'{self.row}_seed{self.seed}'
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument('study', choices=STUDIES, help='what to compare')
+    parser.add_argument('--list', action='store_true', help='list the rows and what is finished')
+    parser.add_argument('--table', action='store_true', help='print the table of finished runs')
+    parser.add_argument(
+        '--plot',
+        nargs='?',
+        const='',
+        metavar='FILE',
+        help='draw the picture of finished runs; without FILE, OUT/STUDY/STUDY.png',
+    )
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help='these rows alone')
+    parser.add_argument('--seeds', type=int, nargs='+', help="in place of the study's")
+    parser.add_argument('--epochs', type=int, help="in place of the study's")
+    parser.add_argument('--data-root', help="folder of the images, in place of the configs'")
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=2,
+        help='runs at a time; 0: one after the other, in this process itself',
+    )
+    parser.add_argument('--out', default=str(ROOT / 'docs/studies'), help='where results are')
+    parser.add_argument('--work-dir', default='work_dirs/studies', help='checkpoints and logs')
+    args = parser.parse_args(argv)
+    study = STUDIES[args.study]
+    unknown = [row for row in args.rows or () if row not in study.rows]
+    if unknown:
+        parser.error(f'--rows {" ".join(unknown)}: {args.study} has {", ".join(study.rows)}')
+    if args.jobs < 0 or (args.epochs is not None and args.epochs < 1):
+        parser.error('--jobs must be at least 0 and --epochs at least 1')
+    return args
+
+
+def jobs_of(study: Study, args: argparse.Namespace) -> list[Job]:
+    """The runs that the command line asks for, seed by seed, so that every row has one early."""
+    seeds = study.seeds if args.seeds is None else args.seeds
+    return [Job(row, seed) for seed in seeds for row in args.rows or study.rows]
+
+
+def result_of(job: Job, args: argparse.Namespace) -> Path:
+    """The file that a finished run is."""
+    return Path(args.out) / args.study / f'{job.name}.json'
+
+
+def epochs_of(job: Job, row: Row, study: Study, args: argparse.Namespace) -> int:
+    """Epochs of a run.
+
+    Raises:
+        FileNotFoundError: If it depends on runs that are not finished.
+    """
+    epochs = study.epochs if args.epochs is None else args.epochs
+    if row.time_of is None:
+        return epochs
+    spent = []
+    for name in row.time_of:
+        path = result_of(Job(name, job.seed), args)
+        if not path.is_file():
+            raise FileNotFoundError(f'{job.name} takes as long as others do, and {path} is missing')
+        run = json.loads(path.read_text())
+        spent.append((run['cpu_seconds'], run['epochs']))
+    (whole, _), (own, own_epochs) = spent
+    return max(1, round(whole / own * own_epochs))
+
+
+def train(job: Job, study: Study, args: argparse.Namespace) -> None:
+    """Do a run in this process."""
+    from single_run import run
+
+    row = study.rows[job.row]
+    run(
+        study,
+        row,
+        job.seed,
+        epochs_of(job, row, study, args),
+        args.data_root,
+        Path(args.work_dir) / args.study / job.name,
+        result_of(job, args),
+    )
+
+
+def start(job: Job, args: argparse.Namespace) -> bool:
+    """Do a run in a process of its own; tells whether it finished."""
+    if result_of(job, args).is_file() and args.epochs is None:
+        return True
+    log = Path(args.work_dir) / args.study / f'{job.name}.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, args.study, '--jobs', '0', '--rows', job.row]
+    command += ['--seeds', str(job.seed), '--out', args.out, '--work-dir', args.work_dir]
+    for flag, value in (('--epochs', args.epochs), ('--data-root', args.data_root)):
+        command += [] if value is None else [flag, str(value)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+    print(f'{job.name}: {log}', flush=True)
+    with log.open('a') as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    print(f'{job.name}: {"done" if done.returncode == 0 else "failed"}', flush=True)
+    return done.returncode == 0
+
+
+def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> None:
+    """Do all runs, those last that depend on the time of others.
+
+    Raises:
+        SystemExit: If one of them failed; the others are done nevertheless.
+    """
+    for dependent in (False, True):
+        phase = [job for job in jobs if (study.rows[job.row].time_of is not None) == dependent]
+        if args.jobs == 0:
+            for job in phase:
+                train(job, study, args)
+            continue
+        with ThreadPoolExecutor(args.jobs) as pool:
+            finished = list(pool.map(lambda job: start(job, args), phase))
+        failed = [job.name for job, done in zip(phase, finished) if not done]
+        if failed:
+            sys.exit(f'run.py: failed: {", ".join(failed)}; their logs are in {args.work_dir}')
+
+
+def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Print the rows, how many runs of each are finished, and what they took."""
+    print(f'{study.title}. {args.epochs or study.epochs} epochs.')
+    for name in dict.fromkeys(job.row for job in jobs):
+        paths = [result_of(job, args) for job in jobs if job.row == name]
+        times = [json.loads(p.read_text())['cpu_seconds'] / 60 for p in paths if p.is_file()]
+        took = f', {mean(times):.1f} CPU minutes each' if times else ''
+        print(f'{name}: {study.rows[name].title}: {len(times)} of {len(paths)} done{took}')
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    args = parse_args(argv)
+    study = STUDIES[args.study]
+    jobs = jobs_of(study, args)
+    if args.list:
+        show_rows(study, jobs, args)
+    elif args.table or args.plot is not None:
+        from report import paint, read_results, table
+
+        runs = read_results(study, Path(args.out) / args.study)
+        runs = {name: row for name, row in runs.items() if name in (args.rows or study.rows)}
+        if not runs:
+            sys.exit(f'run.py: no finished runs in {Path(args.out) / args.study}')
+        if args.table:
+            print(table(study, runs))
+        if args.plot is not None:
+            path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
+            paint(study, runs, path)
+            print(path)
+    else:
+        try:
+            train_all(jobs, study, args)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f'run.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

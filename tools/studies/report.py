@@ -6,9 +6,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from studies import Study
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from studies import Study
 
 Run = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]
@@ -101,7 +102,7 @@ def _at(values: Mapping[int, float], count: int) -> float:
 # --- Pictures ---------------------------------------------------------------------------------
 
 
-def paint(study: Study, runs: Runs, path: Path) -> None:
+def picture(study: Study, runs: Runs) -> Figure:
     """Draw the study's picture.
 
     Where equilibria are compared, accuracy against evaluations of f at test time; else accuracy
@@ -128,8 +129,7 @@ def paint(study: Study, runs: Runs, path: Path) -> None:
         right.set_xlabel('CPU time of training, minutes')
         right.set_xscale('log')
         right.legend(fontsize='small')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 Curve = tuple[list[float], list[float]]

@@ -10,8 +10,8 @@ Each run is a process of one thread with a log of its own. A finished run is a J
 """
 
 import argparse
-import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from studies import STUDIES, Row, Study
+from studies import STUDIES, Study
+
+from records import REMEDY, is_there, read_json, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,77 +87,111 @@ def result_of(job: Job, args: argparse.Namespace) -> Path:
     return Path(args.out) / args.study / f'{job.name}.json'
 
 
-def epochs_of(job: Job, row: Row, study: Study, args: argparse.Namespace) -> int:
+def epochs_of(job: Job, study: Study, args: argparse.Namespace) -> int:
     """Epochs of a run.
 
     Raises:
         FileNotFoundError: If it depends on runs that are not finished.
     """
     epochs = study.epochs if args.epochs is None else args.epochs
-    if row.time_of is None:
+    if study.rows[job.row].time_of is None:
         return epochs
-    spent = []
-    for name in row.time_of:
-        path = result_of(Job(name, job.seed), args)
+    whole, own = (result_of(Job(name, job.seed), args) for name in study.rows[job.row].time_of)
+    for path in (whole, own):
         if not path.is_file():
-            raise FileNotFoundError(f'{job.name} takes as long as others do, and {path} is missing')
-        run = json.loads(path.read_text())
-        spent.append((run['cpu_seconds'], run['epochs']))
-    (whole, _), (own, own_epochs) = spent
-    return max(1, round(whole / own * own_epochs))
+            raise FileNotFoundError(f'{job.name} is to take as long as others: no {path}')
+    per_epoch = read_json(own)['cpu_seconds'] / read_json(own)['epochs']
+    return max(1, round(read_json(whole)['cpu_seconds'] / per_epoch))
+
+
+def is_done(job: Job, study: Study, args: argparse.Namespace) -> bool:
+    """Tell whether a run is finished.
+
+    Raises:
+        FileNotFoundError: If it depends on runs that are not finished.
+        ValueError: If its file is of a run with other settings.
+    """
+    settings = settings_of(study, study.rows[job.row], job.seed, epochs_of(job, study, args))
+    return is_there(result_of(job, args), settings, REMEDY)
 
 
 def train(job: Job, study: Study, args: argparse.Namespace) -> None:
     """Do a run in this process."""
     from single_run import run
 
+    work_dir = Path(args.work_dir) / args.study / job.name
+    epochs = epochs_of(job, study, args)
     row = study.rows[job.row]
-    run(
-        study,
-        row,
-        job.seed,
-        epochs_of(job, row, study, args),
-        args.data_root,
-        Path(args.work_dir) / args.study / job.name,
-        result_of(job, args),
-    )
+    run(study, row, job.seed, epochs, args.data_root, work_dir, result_of(job, args))
 
 
-def start(job: Job, args: argparse.Namespace) -> bool:
-    """Do a run in a process of its own; tells whether it finished."""
-    if result_of(job, args).is_file() and args.epochs is None:
-        return True
-    log = Path(args.work_dir) / args.study / f'{job.name}.log'
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, args.study, '--jobs', '0', '--rows', job.row]
-    command += ['--seeds', str(job.seed), '--out', args.out, '--work-dir', args.work_dir]
-    for flag, value in (('--epochs', args.epochs), ('--data-root', args.data_root)):
-        command += [] if value is None else [flag, str(value)]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-    print(f'{job.name}: {log}', flush=True)
-    with log.open('a') as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    print(f'{job.name}: {"done" if done.returncode == 0 else "failed"}', flush=True)
-    return done.returncode == 0
+class Processes:
+    """Runs in processes of their own, some at a time.
+
+    Args:
+        args: The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def do(self, jobs: Sequence[Job]) -> list[Job]:
+        """Do all of them; gives those that failed. Stopped itself, it stops those that run."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            try:
+                return [job for job, done in zip(jobs, pool.map(self._do, jobs)) if not done]
+            finally:
+                self._stopped = True
+                for process in list(self._running):
+                    process.terminate()
+
+    def _do(self, job: Job) -> bool:
+        if self._stopped:
+            return False
+        args = self.args
+        log = Path(args.work_dir) / args.study / f'{job.name}.log'
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, args.study, '--jobs', '0', '--rows', job.row]
+        command += ['--seeds', str(job.seed), '--out', args.out, '--work-dir', args.work_dir]
+        for flag, value in (('--epochs', args.epochs), ('--data-root', args.data_root)):
+            command += [] if value is None else [flag, str(value)]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+        print(f'{job.name}: log in {log}', flush=True)
+        with log.open('a') as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            self._running.add(process)
+            code = process.wait()
+            self._running.discard(process)
+        print(f'{job.name}: {"done" if code == 0 else f"failed, exit status {code}"}', flush=True)
+        return code == 0
 
 
 def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> None:
-    """Do all runs, those last that depend on the time of others.
+    """Do all runs that are not done yet, those last that depend on the time of others.
 
     Raises:
-        SystemExit: If one of them failed; the others are done nevertheless.
+        FileNotFoundError: If a run depends on others that are not finished.
+        ValueError: If a result is of other settings.
+        SystemExit: If a run failed; all others that can be done are done nevertheless.
     """
+    failed: list[Job] = []
     for dependent in (False, True):
+        if dependent and failed:
+            break
         phase = [job for job in jobs if (study.rows[job.row].time_of is not None) == dependent]
-        if args.jobs == 0:
-            for job in phase:
-                train(job, study, args)
+        phase = [job for job in phase if not is_done(job, study, args)]
+        if args.jobs:
+            failed += Processes(args).do(phase)
             continue
-        with ThreadPoolExecutor(args.jobs) as pool:
-            finished = list(pool.map(lambda job: start(job, args), phase))
-        failed = [job.name for job, done in zip(phase, finished) if not done]
-        if failed:
-            sys.exit(f'run.py: failed: {", ".join(failed)}; their logs are in {args.work_dir}')
+        for job in phase:
+            train(job, study, args)
+    if failed:
+        names = ', '.join(job.name for job in failed)
+        sys.exit(f'run.py: failed: {names}. The logs are in {args.work_dir}/{args.study}.')
 
 
 def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> None:
@@ -163,7 +199,7 @@ def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> No
     print(f'{study.title}. {args.epochs or study.epochs} epochs.')
     for name in dict.fromkeys(job.row for job in jobs):
         paths = [result_of(job, args) for job in jobs if job.row == name]
-        times = [json.loads(p.read_text())['cpu_seconds'] / 60 for p in paths if p.is_file()]
+        times = [read_json(p)['cpu_seconds'] / 60 for p in paths if p.is_file()]
         took = f', {mean(times):.1f} CPU minutes each' if times else ''
         print(f'{name}: {study.rows[name].title}: {len(times)} of {len(paths)} done{took}')
 
@@ -176,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         show_rows(study, jobs, args)
     elif args.table or args.plot is not None:
-        from report import paint, read_results, table
+        from report import picture, read_results, table
 
         runs = read_results(study, Path(args.out) / args.study)
         runs = {name: row for name, row in runs.items() if name in (args.rows or study.rows)}
@@ -186,9 +222,12 @@ def main(argv: list[str] | None = None) -> None:
             print(table(study, runs))
         if args.plot is not None:
             path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
-            paint(study, runs, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(study, runs).savefig(path, dpi=120)
             print(path)
     else:
+        # As Ctrl-C does: what runs is stopped, too, and goes on next time.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             train_all(jobs, study, args)
         except (FileNotFoundError, ValueError) as error:

@@ -1,7 +1,6 @@
 """One run of a study: train, test at several evaluations of f, and keep what was found."""
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +19,14 @@ from mdeq_mm.apis import (
     sweep_evaluations,
 )
 from mdeq_mm.deq import implicit_layers
+from studies import COUNTS, Row, Study
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
-from studies import COUNTS, Row, Study
+from records import REMEDY, is_there, read_json, settings_of, write_json
 from torch.utils.data import DataLoader
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -56,9 +56,8 @@ class History(Hook):
         self._began = 0.0
 
     def before_train(self, runner: Runner) -> None:
-        found = json.loads(self.path.read_text()) if self.path.is_file() else []
         # An interrupted run may have got further than its last checkpoint.
-        self.epochs = found[: runner.epoch]
+        self.epochs = (read_json(self.path) or [])[: runner.epoch]
         if len(self.epochs) < runner.epoch:
             raise ValueError(
                 f'{self.path} tells of {len(self.epochs)} epochs and the checkpoint beside it was '
@@ -72,7 +71,7 @@ class History(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
-        self._losses.append(float(outputs['loss']))
+        self._losses.append(float(outputs['loss'].detach()))
 
     def after_train_epoch(self, runner: Runner) -> None:
         before = self.epochs[-1]['cpu_seconds'] if self.epochs else 0.0
@@ -81,11 +80,11 @@ class History(Hook):
         self.epochs.append(
             dict(epoch=runner.epoch + 1, loss=loss, cpu_seconds=before + spent, accuracy=None)
         )
-        self._write()
+        write_json(self.path, self.epochs)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self.epochs[-1]['accuracy'] = metrics[METRIC]
-        self._write()
+        write_json(self.path, self.epochs)
 
     def after_train(self, runner: Runner) -> None:
         self._validate_the_last(runner)
@@ -94,17 +93,6 @@ class History(Hook):
         """Make up for a validation that was interrupted: its checkpoint had been saved before."""
         if self.epochs and self.epochs[-1]['accuracy'] is None:
             runner.val_loop.run()
-
-    def _write(self) -> None:
-        write_json(self.path, self.epochs)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole whenever it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(json.dumps(content, indent=1) + '\n')
-    os.replace(part, path)
 
 
 def processor() -> str:
@@ -129,56 +117,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def settings(row: Row, seed: int, epochs: int, study: Study) -> dict[str, Any]:
-    """What a run is: two with equal settings are one run, interrupted and resumed."""
-    content = dict(
-        config=row.config,
-        options=row.options,
-        warmup_share=row.warmup_share,
-        holdout=study.holdout,
-        seed=seed,
-        epochs=epochs,
-    )
-    return json.loads(json.dumps(content))
-
-
-def check_settings(path: Path, wanted: dict[str, Any], remedy: str) -> bool:
-    """Tell whether a file of a run is there.
-
-    Raises:
-        ValueError: If it is of a run with other settings; names them.
-    """
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text())
-    other = [key for key, value in wanted.items() if found.get(key) != value]
-    if other:
-        told = ', '.join(f'{key}={found.get(key)!r}, not {wanted[key]!r}' for key in other)
-        raise ValueError(f'{path} is of a run with {told}: {remedy}')
-    return True
-
-
-def make_config(row: Row, run: dict[str, Any], data_root: str | None, work_dir: Path) -> Config:
+def make_config(
+    row: Row, settings: dict[str, Any], data_root: str | None, work_dir: Path
+) -> Config:
     """The config of a run, ready for a Runner.
 
     Raises:
         FileNotFoundError: If the config or the images are not there.
         ValueError: If a checkpoint of an interrupted run cannot be used.
     """
-    options = dict(json.loads(json.dumps(row.options)))
+    # A copy: what is merged is changed on the way.
+    options = json.loads(json.dumps(settings['options']))
     if data_root is not None:
         options['data_root'] = data_root
     cfg = load_config(str(CONFIGS / f'{row.config}.py'), str(work_dir), options=options)
-    epochs = run['epochs']
+    epochs = settings['epochs']
     cfg.train_cfg.max_epochs = epochs
     cfg.param_scheduler[0].update(T_max=epochs, end=epochs)
-    cfg.randomness = dict(seed=run['seed'])
+    cfg.randomness = dict(seed=settings['seed'])
     cfg.default_hooks.checkpoint.update(save_best=None, max_keep_ckpts=1)
     fit_to_machine(cfg)
     check_scales(cfg.model)
     check_data(cfg, ('train_dataloader', 'test_dataloader'))
-    if run['holdout']:
-        _hold_out(cfg, run['holdout'])
+    if settings['holdout']:
+        _hold_out(cfg, settings['holdout'])
     if row.warmup_share:
         count = round(row.warmup_share * epochs * _iterations(cfg))
         cfg.default_hooks.warmup.update(unrolled_iters=count, softplus_iters=count)
@@ -271,21 +233,21 @@ def run(
         FileNotFoundError: If config or images are not there.
         ValueError: If ``result`` or ``work_dir`` hold a run with other settings.
     """
-    wanted = settings(row, seed, epochs, study)
-    if check_settings(result, wanted, 'delete it, or name another folder by --out'):
-        return json.loads(result.read_text())
+    settings = settings_of(study, row, seed, epochs)
+    if is_there(result, settings, REMEDY):
+        return read_json(result)
     kept = work_dir / 'settings.json'
-    if not check_settings(kept, wanted, 'delete the folder, or name another by --work-dir'):
-        write_json(kept, wanted)
+    if not is_there(kept, settings, 'delete the folder, or name another by --work-dir'):
+        write_json(kept, settings)
     torch.set_num_threads(1)
     init_default_scope('mmpretrain')
-    cfg = make_config(row, wanted, data_root, work_dir)
+    cfg = make_config(row, settings, data_root, work_dir)
     runner = build_runner(cfg)
     history = History(work_dir / 'history.json')
     runner.register_hook(history)
     runner.train()
     content = dict(
-        wanted,
+        settings,
         title=row.title,
         parameters=sum(p.numel() for p in runner.model.parameters()),
         training_images=len(runner.train_dataloader.dataset),

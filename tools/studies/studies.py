@@ -87,7 +87,7 @@ def recipe(
     return {
         'model.backbone.solver': dict(solver, _delete_=True),
         'model.backbone.gradient': dict(gradient, _delete_=True),
-        'model.backbone.regularizer': regularizer and dict(regularizer, _delete_=True),
+        'model.backbone.regularizer': regularizer,
     }
 
 

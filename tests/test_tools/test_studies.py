@@ -95,7 +95,10 @@ def interrupt(monkeypatch, method, call):
 @pytest.mark.parametrize(
     'method, call', [('EpochBasedTrainLoop.run_iter', 3), ('ValLoop.run', 1), ('ValLoop.run', 3)]
 )
-def test_an_interrupted_run_ends_as_one_that_was_not(method, call, run, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    method, call, run, tool, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tool('single_run'), 'COUNTS', (2, 8))
     flags = ('recipes', '--rows', 'narrow', '--seeds', '0', '--epochs', '3')
     run(*flags, out='whole', work_dir='whole_work')
     with monkeypatch.context() as patch:

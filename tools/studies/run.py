@@ -174,16 +174,18 @@ def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> No
     """Do all runs that are not done yet, those last that depend on the time of others.
 
     Raises:
-        FileNotFoundError: If a run depends on others that are not finished.
-        ValueError: If a result is of other settings.
-        SystemExit: If a run failed; all others that can be done are done nevertheless.
+        SystemExit: If a result is of other settings, a run depends on others that are not
+            finished, or one failed: then all others are done nevertheless.
     """
     failed: list[Job] = []
     for dependent in (False, True):
         if dependent and failed:
             break
         phase = [job for job in jobs if (study.rows[job.row].time_of is not None) == dependent]
-        phase = [job for job in phase if not is_done(job, study, args)]
+        try:
+            phase = [job for job in phase if not is_done(job, study, args)]
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f'run.py: {error}')
         if args.jobs:
             failed += Processes(args).do(phase)
             continue
@@ -226,12 +228,9 @@ def main(argv: list[str] | None = None) -> None:
             picture(study, runs).savefig(path, dpi=120)
             print(path)
     else:
-        # As Ctrl-C does: what runs is stopped, too, and goes on next time.
+        # As Ctrl-C does: what runs is stopped as well, and goes on the next time.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            train_all(jobs, study, args)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f'run.py: {error}')
+        train_all(jobs, study, args)
 
 
 if __name__ == '__main__':

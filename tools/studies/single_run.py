@@ -15,6 +15,7 @@ from mdeq_mm.apis import (
     find_resumable_checkpoint,
     fit_to_machine,
     load_config,
+    one_line_errors,
     spectral_radii,
     sweep_evaluations,
 )
@@ -24,9 +25,9 @@ from studies import COUNTS, Row, Study
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
-from records import REMEDY, is_there, read_json, settings_of, write_json
+from records import is_there, read_json, settings_of, write_json
 from torch.utils.data import DataLoader
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -230,18 +231,16 @@ def run(
         What the file holds.
 
     Raises:
-        FileNotFoundError: If config or images are not there.
-        ValueError: If ``result`` or ``work_dir`` hold a run with other settings.
+        SystemExit: If config or images are not there, or ``work_dir`` holds a run of other
+            settings.
     """
     settings = settings_of(study, row, seed, epochs)
-    if is_there(result, settings, REMEDY):
-        return read_json(result)
-    kept = work_dir / 'settings.json'
-    if not is_there(kept, settings, 'delete the folder, or name another by --work-dir'):
-        write_json(kept, settings)
     torch.set_num_threads(1)
-    init_default_scope('mmpretrain')
-    cfg = make_config(row, settings, data_root, work_dir)
+    with one_line_errors('run.py'):
+        kept = work_dir / 'settings.json'
+        if not is_there(kept, settings, 'delete the folder, or name another by --work-dir'):
+            write_json(kept, settings)
+        cfg = make_config(row, settings, data_root, work_dir)
     runner = build_runner(cfg)
     history = History(work_dir / 'history.json')
     runner.register_hook(history)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -225,29 +224,36 @@ def test_a_failed_run_is_named_and_the_others_are_done(run, tool, monkeypatch, t
     assert 'few_seed0: failed, exit status 1' in capfd.readouterr().out
 
 
-def test_a_stop_stops_what_runs_and_begins_nothing_more(run, monkeypatch, tmp_path):
-    code = 'import sys; sys.path.insert(0, sys.argv[1]); import run, subprocess, threading\n' + (
-        'started = threading.Event()\n'
-        'class Process:\n'
-        '    def __init__(self, *args, **options):\n'
-        '        print("started", flush=True); self.end = threading.Event()\n'
-        '        threading.Timer(0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()\n'
-        '    def wait(self):\n'
-        '        self.end.wait(); return -15\n'
-        '    def terminate(self):\n'
-        '        print("stopped", flush=True); self.end.set()\n'
-        'import os, signal; subprocess.Popen = Process\n'
-        'run.main(["recipes", "--jobs", "1", "--out", sys.argv[2], "--work-dir", sys.argv[2]])\n'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code, str(ROOT / 'tools/studies'), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+STOPPED = """
+import os, signal, subprocess, sys, threading
+sys.path.insert(0, sys.argv[1])
+import run
+
+class Process:
+    def __init__(self, *args, **options):
+        print('started', flush=True)
+        self.end = threading.Event()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def wait(self):
+        self.end.wait()
+        return -signal.SIGTERM
+
+    def terminate(self):
+        print('stopped', flush=True)
+        self.end.set()
+
+subprocess.Popen = Process
+run.main(['recipes', '--jobs', '1', '--out', sys.argv[2], '--work-dir', sys.argv[2]])
+"""
+
+
+def test_a_stop_stops_what_runs_and_begins_nothing_more(tmp_path):
+    command = [sys.executable, '-c', STOPPED, str(ROOT / 'tools/studies'), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lines = [line for line in done.stdout.splitlines() if line in ('started', 'stopped')]
     assert lines == ['started', 'stopped'], done.stdout + done.stderr
-    assert done.returncode == 130 or done.returncode == -signal.SIGINT, done.stderr
+    assert 'the same command goes on' in done.stderr and done.returncode == 1
 
 
 # --- Tables and pictures ----------------------------------------------------------------------
@@ -375,7 +381,9 @@ def build(cfg):
     if cfg.model.backbone.type == 'NeuralODEBackbone':
         pytest.importorskip('torchdiffeq')
     init_default_scope('mmpretrain')
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    # mmpretrain's ResNet computes with numbers of tensors while it is built.
+    device = 'cpu' if cfg.model.backbone.type == 'ResNet_CIFAR' else 'meta'
+    with DefaultScope.overwrite_default_scope('mmpretrain'), torch.device(device):
         return MODELS.build(cfg.model)
 
 

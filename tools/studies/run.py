@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ class Processes:
         self.args = args
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
+        # What is started is among the running, or nothing is started any more.
+        self._starting = threading.Lock()
 
     def do(self, jobs: Sequence[Job]) -> list[Job]:
         """Do all of them; gives those that failed. Stopped itself, it stops those that run."""
@@ -143,13 +146,12 @@ class Processes:
             try:
                 return [job for job, done in zip(jobs, pool.map(self._do, jobs)) if not done]
             finally:
-                self._stopped = True
-                for process in list(self._running):
-                    process.terminate()
+                with self._starting:
+                    self._stopped = True
+                    for process in self._running:
+                        process.terminate()
 
     def _do(self, job: Job) -> bool:
-        if self._stopped:
-            return False
         args = self.args
         log = Path(args.work_dir) / args.study / f'{job.name}.log'
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -158,15 +160,22 @@ class Processes:
         for flag, value in (('--epochs', args.epochs), ('--data-root', args.data_root)):
             command += [] if value is None else [flag, str(value)]
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-        print(f'{job.name}: log in {log}', flush=True)
         with log.open('a') as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-            self._running.add(process)
+            with self._starting:
+                if self._stopped:
+                    return False
+                print(f'{job.name}: log in {log}', flush=True)
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                )
+                self._running.add(process)
             code = process.wait()
+        with self._starting:
             self._running.discard(process)
-        print(f'{job.name}: {"done" if code == 0 else f"failed, exit status {code}"}', flush=True)
+            # One that was stopped has not failed.
+            if not self._stopped:
+                told = 'done' if code == 0 else f'failed, exit status {code}'
+                print(f'{job.name}: {told}', flush=True)
         return code == 0
 
 
@@ -230,7 +239,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # As Ctrl-C does: what runs is stopped as well, and goes on the next time.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        train_all(jobs, study, args)
+        try:
+            train_all(jobs, study, args)
+        except KeyboardInterrupt:
+            sys.exit('run.py: stopped; the same command goes on')
 
 
 if __name__ == '__main__':

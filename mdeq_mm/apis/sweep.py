@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..deq import ImplicitLayer, Problem, solve, spectral_radius
 from ..deq.passes import forward_pass
 from ..deq.problem import FunctionProblem
+from .equilibrium import find_layers
 
 
 @torch.no_grad()
@@ -91,9 +92,9 @@ def spectral_radii(
 
 
 def _the_layer(model: nn.Module) -> ImplicitLayer:
-    layers = [module for module in model.modules() if isinstance(module, ImplicitLayer)]
+    layers = find_layers(model)
     if len(layers) != 1:
-        raise ValueError(f'the model has {len(layers)} implicit layers; want exactly one')
+        raise ValueError(f'the model has {len(layers)} equilibria; want exactly one')
     if layers[0].unrolled_layers:
         raise ValueError(
             f'the model unrolls {layers[0].unrolled_layers} layers and solves nothing; set '

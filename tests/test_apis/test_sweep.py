@@ -116,7 +116,7 @@ def test_radii_are_the_largest_absolute_eigenvalues():
     torch.testing.assert_close(radii, torch.full((9,), 0.7, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize('layers, words', [(0, '0 implicit layers'), (2, '2 implicit layers')])
+@pytest.mark.parametrize('layers, words', [(0, 'no equilibrium'), (2, '2 equilibria')])
 def test_only_one_equilibrium_can_be_swept(layers, words):
     model = nn.ModuleList([Affine(Anderson()) for _ in range(layers)])
     with pytest.raises(ValueError, match=words):

@@ -4,6 +4,8 @@ import importlib
 import json
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def tool(monkeypatch):
 def run(tool, tmp_path):
     """Give a function that runs the script in this process, on ten images of two classes."""
     data = write_class_folders(tmp_path / 'data', dict(train=5, test=2), num_classes=2, size=8)
-    script = tool('run')
+    script = tool('study')
 
     def main(study, *flags, out='out', work_dir='work'):
         places = ['--out', str(tmp_path / out), '--work-dir', str(tmp_path / work_dir)]
@@ -58,7 +60,7 @@ def test_rows_are_trained_and_tested(run, tool, tmp_path, monkeypatch):
         assert epoch['loss'] > 0 and 0 < epoch['cpu_seconds'] == found['cpu_seconds']
         assert epoch['accuracy'] == found['accuracy'] in (0, 25, 50, 75, 100)
         assert [point['evaluations'] for point in found['evaluations']] == list(
-            tool('studies').COUNTS
+            tool('_studies').COUNTS
         )
         residuals = [point['residual'] for point in found['evaluations']]
         assert residuals == sorted(residuals, reverse=True) and found['budget'] == 8
@@ -68,7 +70,7 @@ def test_rows_are_trained_and_tested(run, tool, tmp_path, monkeypatch):
     penalty = result(tmp_path, 'recipes', 'penalty', seed=3)['options']
     assert penalty['model.backbone.regularizer']['type'] == 'JacobianRegularizer'
     # What is finished is not done again.
-    monkeypatch.setattr('single_run.run', lambda *args: pytest.fail('trained again'))
+    monkeypatch.setattr('_single_run.run', lambda *args: pytest.fail('trained again'))
     run('recipes', '--rows', *rows, '--seeds', '3', '--epochs', '1')
 
 
@@ -97,7 +99,7 @@ def interrupt(monkeypatch, method, call):
 def test_an_interrupted_run_ends_as_one_that_was_not(
     method, call, run, tool, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tool('single_run'), 'COUNTS', (2, 8))
+    monkeypatch.setattr(tool('_single_run'), 'COUNTS', (2, 8))
     flags = ('recipes', '--rows', 'narrow', '--seeds', '0', '--epochs', '3')
     run(*flags, out='whole', work_dir='whole_work')
     with monkeypatch.context() as patch:
@@ -126,8 +128,8 @@ def test_an_unfinished_run_of_other_settings_is_refused(run, tmp_path, monkeypat
 
 
 def test_a_result_of_other_settings_is_refused(run, tool, tmp_path):
-    study = tool('studies').RECIPES
-    records = tool('records')
+    study = tool('_studies').RECIPES
+    records = tool('_records')
     settings = records.settings_of(study, study.rows['few'], 0, 5)
     records.write_json(tmp_path / 'out/recipes/few_seed0.json', settings)
     with pytest.raises(
@@ -139,7 +141,7 @@ def test_a_result_of_other_settings_is_refused(run, tool, tmp_path):
 def test_missing_images_are_named(tool, tmp_path):
     places = ['--out', str(tmp_path), '--work-dir', str(tmp_path), '--data-root', '/nowhere']
     with pytest.raises(SystemExit, match='/nowhere'):
-        tool('run').main(['recipes', '--rows', 'few', '--jobs', '0', *places])
+        tool('study').main(['recipes', '--rows', 'few', '--jobs', '0', *places])
 
 
 def test_explicit_nets_have_an_accuracy_and_no_evaluations(run, tmp_path):
@@ -150,7 +152,7 @@ def test_explicit_nets_have_an_accuracy_and_no_evaluations(run, tmp_path):
 
 
 def test_equal_time_is_counted_in_epochs(run, tool, tmp_path):
-    records = tool('records')
+    records = tool('_records')
     with pytest.raises(SystemExit, match='mdeq_seed1.json'):
         run('table1', '--rows', 'resnet18_same_time', '--seeds', '1', '--epochs', '2')
     for name, seconds in (('mdeq', 60.0), ('resnet18', 40.0)):
@@ -162,12 +164,12 @@ def test_equal_time_is_counted_in_epochs(run, tool, tmp_path):
 
 
 def test_tuning_keeps_to_the_training_images(run, tool, tmp_path):
-    row, study = 'resnet18_lr0.003_wd0.001', tool('studies').TUNING
+    row, study = 'resnet18_lr0.003_wd0.001', tool('_studies').TUNING
     run('tuning', '--rows', row, '--epochs', '1')
     found = result(tmp_path, 'tuning', row)
     assert (found['training_images'], found['test_images']) == (8, 2)
-    settings = tool('records').settings_of(study, study.rows[row], 0, 1)
-    cfg = tool('single_run').make_config(
+    settings = tool('_records').settings_of(study, study.rows[row], 0, 1)
+    cfg = tool('_single_run').make_config(
         study.rows[row], settings, str(tmp_path / 'data'), tmp_path / 'new'
     )
     optimizer = cfg.optim_wrapper.optimizer
@@ -179,9 +181,9 @@ def test_tuning_keeps_to_the_training_images(run, tool, tmp_path):
 
 
 def test_the_warm_up_is_a_share_of_the_iterations(run, tool, tmp_path):
-    study = tool('studies').RECIPES
-    settings = tool('records').settings_of(study, study.rows['paper'], 0, 40)
-    cfg = tool('single_run').make_config(
+    study = tool('_studies').RECIPES
+    settings = tool('_records').settings_of(study, study.rows['paper'], 0, 40)
+    cfg = tool('_single_run').make_config(
         study.rows['paper'], settings, str(tmp_path / 'data'), tmp_path / 'new'
     )
     warmup = cfg.default_hooks.warmup
@@ -227,7 +229,7 @@ def test_a_failed_run_is_named_and_the_others_are_done(run, tool, monkeypatch, t
 STOPPED = """
 import os, signal, subprocess, sys, threading
 sys.path.insert(0, sys.argv[1])
-import run
+import study
 
 class Process:
     def __init__(self, *args, **options):
@@ -244,7 +246,7 @@ class Process:
         self.end.set()
 
 subprocess.Popen = Process
-run.main(['recipes', '--jobs', '1', '--out', sys.argv[2], '--work-dir', sys.argv[2]])
+study.main(['recipes', '--jobs', '1', '--out', sys.argv[2], '--work-dir', sys.argv[2]])
 """
 
 
@@ -279,7 +281,7 @@ def known_run(row, seed, seconds, accuracies, budget=8):
 @pytest.fixture
 def known(tool, tmp_path):
     """Give a folder of runs with known numbers."""
-    write = tool('records').write_json
+    write = tool('_records').write_json
     for seed in (0, 1):
         for row, seconds, budget in (('paper', 1200, 18), ('penalty', 300, 8)):
             accuracies = {8: 50.0 + 2 * seed, 18: 54.0}
@@ -297,7 +299,7 @@ def known(tool, tmp_path):
 
 
 def printed(tool, capsys, folder, study, *flags):
-    tool('run').main([study, '--out', str(folder), '--table', *flags])
+    tool('study').main([study, '--out', str(folder), '--table', *flags])
     lines = capsys.readouterr().out.strip().splitlines()
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
 
@@ -331,14 +333,14 @@ def test_some_rows_alone(known, tool, capsys):
 
 def test_nothing_finished_is_said(tool, tmp_path):
     with pytest.raises(SystemExit, match='no finished runs in .*recipes'):
-        tool('run').main(['recipes', '--out', str(tmp_path), '--table'])
+        tool('study').main(['recipes', '--out', str(tmp_path), '--table'])
 
 
 def test_the_picture_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
-    tool('run').main(['recipes', '--out', str(known), '--plot'])
+    tool('study').main(['recipes', '--out', str(known), '--plot'])
     path = Path(capsys.readouterr().out.strip())
     assert path == known / 'recipes/recipes.png' and path.stat().st_size > 10_000
-    report, study = tool('report'), tool('studies').RECIPES
+    report, study = tool('_report'), tool('_studies').RECIPES
     (plot,) = report.picture(study, report.read_results(study, known / 'recipes')).axes
     paper, penalty = plot.lines
     assert paper.get_label() == study.rows['paper'].title
@@ -348,9 +350,9 @@ def test_the_picture_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
 
 def test_the_picture_of_nets_is_accuracy_by_epoch_and_by_time(known, tool, tmp_path):
     path = tmp_path / 'new/nets.png'
-    tool('run').main(['table1', '--out', str(known), '--plot', str(path)])
+    tool('study').main(['table1', '--out', str(known), '--plot', str(path)])
     assert path.stat().st_size > 10_000
-    report, study = tool('report'), tool('studies').TABLE1
+    report, study = tool('_report'), tool('_studies').TABLE1
     left, right = report.picture(study, report.read_results(study, known / 'table1')).axes
     assert left.lines[0].get_xydata().tolist() == [[1, 41.5], [2, 42.5]]
     assert right.lines[0].get_xydata().tolist() == [[0.5, 41.5], [1, 42.5]]
@@ -358,22 +360,27 @@ def test_the_picture_of_nets_is_accuracy_by_epoch_and_by_time(known, tool, tmp_p
 
 
 def test_rows_are_listed_with_what_is_done(known, tool, capsys):
-    tool('run').main(['recipes', '--out', str(known), '--list'])
+    tool('study').main(['recipes', '--out', str(known), '--list'])
     text = capsys.readouterr().out
     assert '2 of 3 done, 5.0 CPU minutes each' in text and 'phantom5: ' in text
 
 
 def test_an_unknown_row_is_named(tool, capsys):
     with pytest.raises(SystemExit):
-        tool('run').main(['table1', '--rows', 'resnet50', '--list'])
+        tool('study').main(['table1', '--rows', 'resnet50', '--list'])
     assert 'resnet50: table1 has node, anode' in capsys.readouterr().err
 
 
 # --- Configs ----------------------------------------------------------------------------------
 
 
-def config(net):
+@cache
+def _read(net):
     return Config.fromfile(ROOT / f'configs/{net}_cifar10_5k.py')
+
+
+def config(net):
+    return deepcopy(_read(net))
 
 
 def build(cfg):
@@ -432,19 +439,26 @@ def test_images_enter_the_net_as_normalized_red_green_blue(tmp_path):
 
 
 def test_every_row_makes_a_model_of_its_recipe(tool):
-    for name, study in tool('studies').STUDIES.items():
-        for row_name, row in study.rows.items():
-            cfg = Config.fromfile(ROOT / f'configs/{row.config}.py')
-            before = set(cfg.optim_wrapper.optimizer) | set(cfg.default_hooks.get('warmup') or ())
-            cfg.merge_from_dict(json.loads(json.dumps(row.options)))
-            after = set(cfg.optim_wrapper.optimizer) | set(cfg.default_hooks.get('warmup') or ())
-            assert after - before <= {'unrolled_layers'}, (name, row_name)
-            if name == 'tuning':
-                continue
-            model = build(cfg)
-            if 'penalty' in row_name or name == 'penalties':
-                assert model.backbone.implicit.regularizer.probability == 0.25
-            if 'wide' in row_name:
-                assert model.backbone.implicit.solver.jitter == (5, 20)
-            if 'narrow' in row_name:
-                assert model.backbone.implicit.solver.jitter == (6, 12)
+    studies = tool('_studies')
+    rows = {**studies.RECIPES.rows, **studies.PENALTIES.rows}
+    for name, row in rows.items():
+        cfg = config('mdeq_tiny')
+        cfg.merge_from_dict(json.loads(json.dumps(row.options)))
+        implicit = build(cfg).backbone.implicit
+        ranges = dict(wide=(5, 20), narrow=(6, 12))
+        assert implicit.solver.jitter == ranges.get(name.split('_')[0]), name
+        penalized = 'penalty' in name or 'weight' in name
+        assert (implicit.regularizer is not None) == penalized, name
+        assert implicit.solver.max_iter == (18 if name == 'paper' else 8), name
+
+
+def test_settings_of_the_rows_are_those_that_configs_have(tool):
+    for study in tool('_studies').STUDIES.values():
+        for name, row in study.rows.items():
+            for option in row.options:
+                node = config(row.config.removesuffix('_cifar10_5k'))
+                *path, last = option.split('.')
+                for key in path:
+                    node = node[key]
+                known = last in node or last in ('regularizer', 'unrolled_layers')
+                assert known, f'{name}: {option}'

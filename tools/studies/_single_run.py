@@ -20,14 +20,14 @@ from mdeq_mm.apis import (
     sweep_evaluations,
 )
 from mdeq_mm.deq import implicit_layers
-from studies import COUNTS, Row, Study
 
 import torch
+from _records import is_there, read_json, settings_of, write_json
+from _studies import COUNTS, Row, Study
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
-from records import is_there, read_json, settings_of, write_json
 from torch.utils.data import DataLoader
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -236,7 +236,7 @@ def run(
     """
     settings = settings_of(study, row, seed, epochs)
     torch.set_num_threads(1)
-    with one_line_errors('run.py'):
+    with one_line_errors('study.py'):
         kept = work_dir / 'settings.json'
         if not is_there(kept, settings, 'delete the folder, or name another by --work-dir'):
             write_json(kept, settings)

@@ -6,8 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from studies import Study
-
+from _studies import Study
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
 """Train the rows of a study with several seeds and tell what came of it.
 
-    python tools/studies/run.py recipes --list
-    python tools/studies/run.py recipes --data-root DATA --jobs 2
-    python tools/studies/run.py recipes --table --plot
+    python tools/studies/study.py recipes --list
+    python tools/studies/study.py recipes --data-root DATA --jobs 2
+    python tools/studies/study.py recipes --table --plot
 
 Each run is a process of one thread with a log of its own. A finished run is a JSON file under
 --out and is not trained again; an interrupted one goes on from its last checkpoint under
@@ -21,11 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from studies import STUDIES, Study
-
-from records import REMEDY, is_there, read_json, settings_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from _records import REMEDY, is_there, read_json, settings_of
+from _studies import STUDIES, Study
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=2,
         help='runs at a time; 0: one after the other, in this process itself',
     )
-    parser.add_argument('--out', default=str(ROOT / 'docs/studies'), help='where results are')
+    parser.add_argument('--out', default='docs/studies', help='where results are')
     parser.add_argument('--work-dir', default='work_dirs/studies', help='checkpoints and logs')
     args = parser.parse_args(argv)
     study = STUDIES[args.study]
@@ -118,7 +115,7 @@ def is_done(job: Job, study: Study, args: argparse.Namespace) -> bool:
 
 def train(job: Job, study: Study, args: argparse.Namespace) -> None:
     """Do a run in this process."""
-    from single_run import run
+    from _single_run import run
 
     work_dir = Path(args.work_dir) / args.study / job.name
     epochs = epochs_of(job, study, args)
@@ -194,7 +191,7 @@ def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> No
         try:
             phase = [job for job in phase if not is_done(job, study, args)]
         except (FileNotFoundError, ValueError) as error:
-            sys.exit(f'run.py: {error}')
+            sys.exit(f'study.py: {error}')
         if args.jobs:
             failed += Processes(args).do(phase)
             continue
@@ -202,7 +199,7 @@ def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> No
             train(job, study, args)
     if failed:
         names = ', '.join(job.name for job in failed)
-        sys.exit(f'run.py: failed: {names}. The logs are in {args.work_dir}/{args.study}.')
+        sys.exit(f'study.py: failed: {names}. The logs are in {args.work_dir}/{args.study}.')
 
 
 def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> None:
@@ -223,12 +220,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         show_rows(study, jobs, args)
     elif args.table or args.plot is not None:
-        from report import picture, read_results, table
+        from _report import picture, read_results, table
 
         runs = read_results(study, Path(args.out) / args.study)
         runs = {name: row for name, row in runs.items() if name in (args.rows or study.rows)}
         if not runs:
-            sys.exit(f'run.py: no finished runs in {Path(args.out) / args.study}')
+            sys.exit(f'study.py: no finished runs in {Path(args.out) / args.study}')
         if args.table:
             print(table(study, runs))
         if args.plot is not None:
@@ -242,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             train_all(jobs, study, args)
         except KeyboardInterrupt:
-            sys.exit('run.py: stopped; the same command goes on')
+            sys.exit('study.py: stopped; the same command goes on')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from studies import Row, Study
+from _studies import Row, Study
 
 # Where a result is of other settings.
 REMEDY = 'delete it, or name another folder by --out'

@@ -33,6 +33,7 @@ from mdeq_mm.models.cell import Upsample
 IMAGE_SIZES = {
     'data/camvid': (360, 480),
     'data/cifar10': (32, 32),
+    'data/cifar10_images': (32, 32),
     'data/cityscapes/': (256, 512),
     'data/coco/': (480, 640),
     'data/digit_scenes': (64, 64),
@@ -371,6 +372,9 @@ def backbone_of(model: nn.Module) -> dict[str, Any]:
                 for key in ('block', 'num_modules', 'num_branches', 'num_blocks', 'num_channels')
             }
         )
+    elif told['type'] == 'ResNet_CIFAR':
+        names = ('depth', 'base_channels', 'stem_channels', 'strides')
+        told.update({name: plain(getattr(backbone, name)) for name in names})
     else:
         told.update(
             hidden_channels=backbone.function.conv1.out_channels,

@@ -25,6 +25,10 @@ def exact(max_iter: int) -> Values:
     return dict(type='ImplicitGradient', solver=broyden(max_iter))
 
 
+def anderson(max_iter: int, memory: int) -> Values:
+    return dict(type='Anderson', max_iter=max_iter, tol=1e-3, memory=memory, damping=1.0)
+
+
 def phantom(steps: int, damping: float) -> Values:
     return dict(type='PhantomGradient', steps=steps, damping=damping)
 
@@ -508,6 +512,33 @@ CIFAR10_AUGMENTED = cifar10_data(
         FLIP,
         PACK,
     ]
+)
+
+
+def cifar10_folder(split: str) -> Values:
+    return dict(
+        type='CustomDataset',
+        data_root='data/cifar10_images',
+        data_prefix=dict(img_path=f'data/cifar10_images/{split}'),
+        ann_file='',
+        test_mode=False,
+        filter_cfg=None,
+        classes=None,
+        palette=None,
+    )
+
+
+# What enters the net is as it is for CIFAR10, though images are read as BGR.
+CIFAR10_FOLDERS = data(
+    cifar10_folder('train'),
+    cifar10_folder('test'),
+    ([LOAD_IMAGE, PACK], [LOAD_IMAGE, PACK]),
+    (
+        loader(0, 'DefaultSampler', True, 'default_collate'),
+        loader(0, 'DefaultSampler', False, 'default_collate', batch_size=100),
+    ),
+    ([3, 32, 32], [3, 32, 32]),
+    CIFAR10['preprocessor'],
 )
 
 
@@ -1087,6 +1118,92 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         data=CIFAR10,
         evaluation=evaluation(accuracy(1)),
         runtime=of_classification(warmup=False),
+    ),
+    # The same table on a tenth of the images, nets of one size.
+    mdeq_tiny_cifar10_5k=dict(
+        backbone=mdeq(
+            117_720,
+            [24, 24],
+            8,
+            phantom(3, 0.5),
+            drop_rate=0.25,
+            stem_strides=(1, 1),
+            solver=anderson(8, 5),
+        ),
+        heads=classifier(160_218, fuse_neck([24, 24], [8, 16], 216), 10),
+        training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
+        data=CIFAR10_FOLDERS,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(log=20),
+    ),
+    deq_tiny_cifar10_5k=dict(
+        backbone=mdeq(
+            122_656,
+            [32],
+            8,
+            phantom(3, 0.5),
+            drop_rate=0.25,
+            expansion=6,
+            stem_strides=(1, 1),
+            solver=anderson(8, 5),
+        ),
+        heads=classifier(169_554, fuse_neck([32], [32], 200), 10),
+        training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
+        data=CIFAR10_FOLDERS,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(log=20),
+    ),
+    resnet18_w8_cifar10_5k=dict(
+        backbone=dict(
+            type='ResNet_CIFAR',
+            parameters=175_752,
+            frozen=0,
+            batch_norms=[['BatchNorm2d', 0.1]],
+            init_cfg=[
+                dict(type='Kaiming', layer=['Conv2d']),
+                dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm']),
+            ],
+            depth=18,
+            base_channels=8,
+            stem_channels=8,
+            strides=[1, 2, 2, 2],
+        ),
+        heads=dict(
+            model='ImageClassifier',
+            preprocessor=None,
+            parameters=176_402,
+            batch_norms=[['BatchNorm2d', 0.1]],
+            test_cfg=None,
+            train_cfg=None,
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead',
+                in_channels=64,
+                num_classes=10,
+                loss_module=cross_entropy(),
+                topk=[1, 5],
+            ),
+        ),
+        training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=None),
+        data=CIFAR10_FOLDERS,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(log=20, warmup=False),
+    ),
+    node_cifar10_5k=dict(
+        backbone=neural_ode(140_622, hidden=124, augmented=0),
+        heads=neural_ode_classifier(171_352, 3),
+        training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=None),
+        data=CIFAR10_FOLDERS,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(log=20, warmup=False),
+    ),
+    anode_cifar10_5k=dict(
+        backbone=neural_ode(39_322, hidden=64, augmented=10),
+        heads=neural_ode_classifier(172_452, 3 + 10),
+        training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=None),
+        data=CIFAR10_FOLDERS,
+        evaluation=evaluation(accuracy(1)),
+        runtime=of_classification(log=20, warmup=False),
     ),
     # Paper, Table 2.
     mdeq_small_imagenet=dict(

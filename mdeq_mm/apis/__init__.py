@@ -19,6 +19,7 @@ from .dataset_folder import write_dataset
 from .model import build_model, evaluations_allowed, find_backbone, load_model
 from .runner import build_runner, leave_process_group
 from .scales import check_scales
+from .sweep import spectral_radii, sweep_evaluations
 
 __all__ = [
     'DATALOADERS',
@@ -41,5 +42,7 @@ __all__ = [
     'one_line_errors',
     'pretrained_files',
     'set_dataloader_defaults',
+    'spectral_radii',
+    'sweep_evaluations',
     'write_dataset',
 ]

@@ -1,0 +1,22 @@
+# Neural ODE beside mdeq_tiny_cifar10_5k.py, the net of node_cifar10.py: needs torchdiffeq. 171,352
+# parameters.
+_base_ = ['./mdeq_tiny_cifar10_5k.py']
+model = dict(
+    backbone=dict(
+        _delete_=True, type='NeuralODEBackbone', hidden_channels=124, augment_channels=0, tol=1e-3
+    ),
+    neck=dict(
+        _delete_=True,
+        type='LinearNeck',
+        gap_dim=0,
+        in_channels=3 * 32 * 32,
+        out_channels=10,
+        norm_cfg=None,
+    ),
+    head=dict(_delete_=True, type='ClsHead', loss=dict(type='CrossEntropyLoss', loss_weight=1.0)),
+)
+# No warm-up: nothing here can be unrolled.
+default_hooks = dict(
+    _delete_=True,
+    **{name: hook for name, hook in _base_.default_hooks.items() if name != 'warmup'},
+)

@@ -1,0 +1,209 @@
+"""What each evaluation of f buys: metrics by the number of them, and how far f contracts."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from torch import Tensor, nn
+
+from ..deq import ImplicitLayer, Problem, solve, spectral_radius
+from ..deq.passes import forward_pass
+from ..deq.problem import FunctionProblem
+from .equilibrium import find_layers
+
+
+@torch.no_grad()
+def sweep_evaluations(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    build_evaluator: Callable[[], Evaluator],
+    counts: Sequence[int],
+) -> list[dict[str, float]]:
+    """Metrics of a model by the evaluations of f that its solver may spend.
+
+    Each batch is solved once, with the largest count: what a solver returns after fewer is the best
+    iterate until then, since its steps do not depend on how many will follow. No sample stops
+    early, and the numbers are those of testing once for each ``max_iter`` at ``tol=0``.
+
+    Args:
+        model (nn.Module): A model of OpenMMLab with one implicit layer.
+        loader: The batches, as ``model.test_step`` takes them.
+        build_evaluator: Gives a new evaluator for each count.
+        counts (Sequence[int]): Evaluations of f, each at least 1.
+
+    Returns:
+        list: For each count, in rising order, a dict of ``evaluations``, ``residual`` (the relative
+        one, mean over the samples) and the metrics.
+
+    Raises:
+        ValueError: If the model has no implicit layer or several, or unrolls its layers.
+    """
+    counts = sorted(set(counts))
+    layer = _the_layer(model)
+    snapshots = _Snapshots(layer, counts)
+    evaluators = {count: build_evaluator() for count in counts}
+    with _standing_in(model, layer, snapshots):
+        for batch in loader:
+            snapshots.new_batch()
+            for count in counts:
+                snapshots.count = count
+                # A model may write into the batch that it is given.
+                outputs = model.test_step(deepcopy(batch))
+                evaluators[count].process(data_samples=outputs, data_batch=batch)
+    size = snapshots.samples
+    rows = []
+    for count in counts:
+        metrics = {key: float(value) for key, value in evaluators[count].evaluate(size).items()}
+        residual = snapshots.residual_sums[count] / max(size, 1)
+        rows.append(dict(evaluations=count, residual=residual, **metrics))
+    return rows
+
+
+@torch.no_grad()
+def spectral_radii(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    evaluations: int | None = None,
+    iterations: int = 50,
+) -> Tensor:
+    """Spectral radius of the Jacobian of f at the equilibrium of each sample.
+
+    Args:
+        model (nn.Module): A model of OpenMMLab with one implicit layer.
+        loader: The batches, as ``model.test_step`` takes them.
+        evaluations (int, optional): Evaluations of f in the solve; the layer's own by default.
+        iterations (int): Vector-Jacobian products of the power iteration.
+
+    Returns:
+        Tensor: (N,) of all samples together.
+
+    Raises:
+        ValueError: If the model has no implicit layer or several, or unrolls its layers.
+    """
+    layer = _the_layer(model)
+    radii = _Radii(layer, evaluations, iterations)
+    with _standing_in(model, layer, radii):
+        for batch in loader:
+            model.test_step(deepcopy(batch))
+    return torch.cat(radii.found)
+
+
+def _the_layer(model: nn.Module) -> ImplicitLayer:
+    layers = find_layers(model)
+    if len(layers) != 1:
+        raise ValueError(f'the model has {len(layers)} equilibria; want exactly one')
+    if layers[0].unrolled_layers:
+        raise ValueError(
+            f'the model unrolls {layers[0].unrolled_layers} layers and solves nothing; set '
+            'unrolled_layers=0'
+        )
+    return layers[0]
+
+
+@contextmanager
+def _standing_in(model: nn.Module, layer: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Put ``other`` in the place of ``layer``; the model is in evaluation mode meanwhile."""
+    name = next(name for name, module in model.named_modules() if module is layer)
+    parent, _, leaf = name.rpartition('.')
+    modes = {module: module.training for module in model.modules()}
+    setattr(model.get_submodule(parent), leaf, other)
+    try:
+        model.eval()
+        yield
+    finally:
+        setattr(model.get_submodule(parent), leaf, layer)
+        for module, training in modes.items():
+            module.training = training
+
+
+class _StandIn(nn.Module):
+    """What an implicit layer is to its model, in evaluation: a solve that gives f(z*)."""
+
+    def __init__(self, layer: ImplicitLayer, evaluations: int | None) -> None:
+        super().__init__()
+        solver = layer.solver if layer.eval_solver is None else layer.eval_solver
+        limits = dict(max_iter=evaluations, tol=0.0) if evaluations is not None else {}
+        self.solver = solver.replace(jitter=None, **limits)
+        self.start = layer.start
+
+    def forward(self, f: Any, z0: Any = None) -> Any:
+        with forward_pass():
+            problem = f if isinstance(f, Problem) else FunctionProblem(f, z0)
+            return problem.maps(self.result(problem))
+
+    def result(self, problem: Problem) -> Tensor:
+        """f(z*), (N, D)."""
+        raise NotImplementedError
+
+
+class _Snapshots(_StandIn):
+    """Solves a batch once and gives f of the best iterate at ``count`` evaluations."""
+
+    def __init__(self, layer: ImplicitLayer, counts: Sequence[int]) -> None:
+        super().__init__(layer, max(counts))
+        self.counts, self.count = counts, max(counts)
+        self.kept: dict[int, Tensor] = {}
+        self.residual_sums = dict.fromkeys(counts, 0.0)
+        self.samples = 0
+
+    def new_batch(self) -> None:
+        """Forget the last batch."""
+        self.kept = {}
+
+    def result(self, problem: Problem) -> Tensor:
+        if not self.kept:
+            watched = _BestOf(problem, self.counts)
+            solve(watched, self.start(problem, False), self.solver)
+            for count, (out, residual) in watched.snapshots().items():
+                self.kept[count] = out
+                self.residual_sums[count] += float(residual.double().sum())
+            self.samples += len(residual)
+        return self.kept[self.count]
+
+
+class _BestOf:
+    """f that keeps its value at the iterate of smallest residual, after so many calls each."""
+
+    def __init__(self, f: Problem, counts: Sequence[int]) -> None:
+        self.f, self.counts = f, counts
+        self.calls = 0
+        self.out = self.residual = torch.empty(0)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        out = self.f(z)
+        norms = [torch.linalg.vector_norm(v, dim=1) for v in (out - z, out)]
+        residual = norms[0] / norms[1].clamp(min=torch.finfo(out.dtype).tiny)
+        residual = residual.nan_to_num(nan=float('inf'), posinf=float('inf'))
+        self.calls += 1
+        if self.calls == 1:
+            self.out, self.residual = out, residual
+        else:
+            better = residual < self.residual
+            self.out = torch.where(better[:, None], out, self.out)
+            self.residual = torch.where(better, residual, self.residual)
+        if self.calls in self.counts:
+            self._kept[self.calls] = self.out, self.residual
+        return out
+
+    def snapshots(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """f at the best iterate and its residual, for every count."""
+        # A solve that ended before, every sample solved or diverged, has no better one later.
+        return {count: self._kept.get(count, (self.out, self.residual)) for count in self.counts}
+
+
+class _Radii(_StandIn):
+    """Solves as its layer does and measures f at what it found."""
+
+    def __init__(self, layer: ImplicitLayer, evaluations: int | None, iterations: int) -> None:
+        super().__init__(layer, evaluations)
+        self.iterations = iterations
+        self.found: list[Tensor] = []
+
+    def result(self, problem: Problem) -> Tensor:
+        z = solve(problem, self.start(problem, False), self.solver).z
+        self.found.append(spectral_radius(problem, z, self.iterations))
+        return problem(z)

@@ -1,0 +1,246 @@
+"""Train the rows of a study with several seeds and tell what came of it.
+
+    python tools/studies/study.py recipes --list
+    python tools/studies/study.py recipes --data-root DATA --jobs 2
+    python tools/studies/study.py recipes --table --plot
+
+Each run is a process of one thread with a log of its own. A finished run is a JSON file under
+--out and is not trained again; an interrupted one goes on from its last checkpoint under
+--work-dir. The data are images in class folders, DATA/train/CLASS/* and DATA/test/CLASS/*.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from _records import REMEDY, is_there, read_json, settings_of
+from _studies import STUDIES, Study
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row with a seed."""
+
+    row: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f'{self.row}_seed{self.seed}'
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument('study', choices=STUDIES, help='what to compare')
+    parser.add_argument('--list', action='store_true', help='list the rows and what is finished')
+    parser.add_argument('--table', action='store_true', help='print the table of finished runs')
+    parser.add_argument(
+        '--plot',
+        nargs='?',
+        const='',
+        metavar='FILE',
+        help='draw the picture of finished runs; without FILE, OUT/STUDY/STUDY.png',
+    )
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help='these rows alone')
+    parser.add_argument('--seeds', type=int, nargs='+', help="in place of the study's")
+    parser.add_argument('--epochs', type=int, help="in place of the study's")
+    parser.add_argument('--data-root', help="folder of the images, in place of the configs'")
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=2,
+        help='runs at a time; 0: one after the other, in this process itself',
+    )
+    parser.add_argument('--out', default='docs/studies', help='where results are')
+    parser.add_argument('--work-dir', default='work_dirs/studies', help='checkpoints and logs')
+    args = parser.parse_args(argv)
+    study = STUDIES[args.study]
+    unknown = [row for row in args.rows or () if row not in study.rows]
+    if unknown:
+        parser.error(f'--rows {" ".join(unknown)}: {args.study} has {", ".join(study.rows)}')
+    if args.jobs < 0 or (args.epochs is not None and args.epochs < 1):
+        parser.error('--jobs must be at least 0 and --epochs at least 1')
+    return args
+
+
+def jobs_of(study: Study, args: argparse.Namespace) -> list[Job]:
+    """The runs that the command line asks for, seed by seed, so that every row has one early."""
+    seeds = study.seeds if args.seeds is None else args.seeds
+    return [Job(row, seed) for seed in seeds for row in args.rows or study.rows]
+
+
+def result_of(job: Job, args: argparse.Namespace) -> Path:
+    """The file that a finished run is."""
+    return Path(args.out) / args.study / f'{job.name}.json'
+
+
+def epochs_of(job: Job, study: Study, args: argparse.Namespace) -> int:
+    """Epochs of a run.
+
+    Raises:
+        FileNotFoundError: If it depends on runs that are not finished.
+    """
+    epochs = study.epochs if args.epochs is None else args.epochs
+    if study.rows[job.row].time_of is None:
+        return epochs
+    whole, own = (result_of(Job(name, job.seed), args) for name in study.rows[job.row].time_of)
+    for path in (whole, own):
+        if not path.is_file():
+            raise FileNotFoundError(f'{job.name} is to take as long as others: no {path}')
+    per_epoch = read_json(own)['cpu_seconds'] / read_json(own)['epochs']
+    return max(1, round(read_json(whole)['cpu_seconds'] / per_epoch))
+
+
+def is_done(job: Job, study: Study, args: argparse.Namespace) -> bool:
+    """Tell whether a run is finished.
+
+    Raises:
+        FileNotFoundError: If it depends on runs that are not finished.
+        ValueError: If its file is of a run with other settings.
+    """
+    settings = settings_of(study, study.rows[job.row], job.seed, epochs_of(job, study, args))
+    return is_there(result_of(job, args), settings, REMEDY)
+
+
+def train(job: Job, study: Study, args: argparse.Namespace) -> None:
+    """Do a run in this process."""
+    from _single_run import run
+
+    work_dir = Path(args.work_dir) / args.study / job.name
+    epochs = epochs_of(job, study, args)
+    row = study.rows[job.row]
+    run(study, row, job.seed, epochs, args.data_root, work_dir, result_of(job, args))
+
+
+class Processes:
+    """Runs in processes of their own, some at a time.
+
+    Args:
+        args: The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+        # What is started is among the running, or nothing is started any more.
+        self._starting = threading.Lock()
+
+    def do(self, jobs: Sequence[Job]) -> list[Job]:
+        """Do all of them; gives those that failed. Stopped itself, it stops those that run."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            try:
+                return [job for job, done in zip(jobs, pool.map(self._do, jobs)) if not done]
+            finally:
+                with self._starting:
+                    self._stopped = True
+                    for process in self._running:
+                        process.terminate()
+
+    def _do(self, job: Job) -> bool:
+        args = self.args
+        log = Path(args.work_dir) / args.study / f'{job.name}.log'
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, args.study, '--jobs', '0', '--rows', job.row]
+        command += ['--seeds', str(job.seed), '--out', args.out, '--work-dir', args.work_dir]
+        for flag, value in (('--epochs', args.epochs), ('--data-root', args.data_root)):
+            command += [] if value is None else [flag, str(value)]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+        with log.open('a') as file:
+            with self._starting:
+                if self._stopped:
+                    return False
+                print(f'{job.name}: log in {log}', flush=True)
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                )
+                self._running.add(process)
+            code = process.wait()
+        with self._starting:
+            self._running.discard(process)
+            # One that was stopped has not failed.
+            if not self._stopped:
+                told = 'done' if code == 0 else f'failed, exit status {code}'
+                print(f'{job.name}: {told}', flush=True)
+        return code == 0
+
+
+def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> None:
+    """Do all runs that are not done yet, those last that depend on the time of others.
+
+    Raises:
+        SystemExit: If a result is of other settings, a run depends on others that are not
+            finished, or one failed: then all others are done nevertheless.
+    """
+    failed: list[Job] = []
+    for dependent in (False, True):
+        if dependent and failed:
+            break
+        phase = [job for job in jobs if (study.rows[job.row].time_of is not None) == dependent]
+        try:
+            phase = [job for job in phase if not is_done(job, study, args)]
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f'study.py: {error}')
+        if args.jobs:
+            failed += Processes(args).do(phase)
+            continue
+        for job in phase:
+            train(job, study, args)
+    if failed:
+        names = ', '.join(job.name for job in failed)
+        sys.exit(f'study.py: failed: {names}. The logs are in {args.work_dir}/{args.study}.')
+
+
+def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Print the rows, how many runs of each are finished, and what they took."""
+    print(f'{study.title}. {args.epochs or study.epochs} epochs.')
+    for name in dict.fromkeys(job.row for job in jobs):
+        paths = [result_of(job, args) for job in jobs if job.row == name]
+        times = [read_json(p)['cpu_seconds'] / 60 for p in paths if p.is_file()]
+        took = f', {mean(times):.1f} CPU minutes each' if times else ''
+        print(f'{name}: {study.rows[name].title}: {len(times)} of {len(paths)} done{took}')
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    args = parse_args(argv)
+    study = STUDIES[args.study]
+    jobs = jobs_of(study, args)
+    if args.list:
+        show_rows(study, jobs, args)
+    elif args.table or args.plot is not None:
+        from _report import picture, read_results, table
+
+        runs = read_results(study, Path(args.out) / args.study)
+        runs = {name: row for name, row in runs.items() if name in (args.rows or study.rows)}
+        if not runs:
+            sys.exit(f'study.py: no finished runs in {Path(args.out) / args.study}')
+        if args.table:
+            print(table(study, runs))
+        if args.plot is not None:
+            path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(study, runs).savefig(path, dpi=120)
+            print(path)
+    else:
+        # As Ctrl-C does: what runs is stopped as well, and goes on the next time.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            train_all(jobs, study, args)
+        except KeyboardInterrupt:
+            sys.exit('study.py: stopped; the same command goes on')
+
+
+if __name__ == '__main__':
+    main()

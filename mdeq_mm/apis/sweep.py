@@ -9,10 +9,9 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 
-from ..deq import ImplicitLayer, Problem, solve, spectral_radius
+from ..deq import ImplicitLayer, Problem, implicit_layers, solve, spectral_radius
 from ..deq.passes import forward_pass
 from ..deq.problem import FunctionProblem
-from .equilibrium import find_layers
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def spectral_radii(
 
 
 def _the_layer(model: nn.Module) -> ImplicitLayer:
-    layers = find_layers(model)
+    layers = implicit_layers(model)
     if len(layers) != 1:
         raise ValueError(f'the model has {len(layers)} equilibria; want exactly one')
     if layers[0].unrolled_layers:

@@ -92,6 +92,8 @@ def spectral_radii(
 
 def _the_layer(model: nn.Module) -> ImplicitLayer:
     layers = implicit_layers(model)
+    if not layers:
+        raise ValueError('the model has no equilibrium: no MDEQBackbone and no other ImplicitLayer')
     if len(layers) != 1:
         raise ValueError(f'the model has {len(layers)} equilibria; want exactly one')
     if layers[0].unrolled_layers:

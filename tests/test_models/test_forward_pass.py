@@ -341,7 +341,7 @@ def test_a_net_in_half_precision(kind, dtype, training, gradient):
 
 WITH_SECOND_DERIVATIVES = dict(
     unrolled=dict(unrolled_layers=3),
-    phantom=dict(gradient=dict(type='PhantomGradient', steps=25, damping=1)),
+    phantom=dict(gradient=dict(type='PhantomGradient', steps=10, damping=1)),
 )
 
 

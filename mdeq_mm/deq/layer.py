@@ -50,6 +50,8 @@ class _Reports:
         self.forward: SolverStats | None = None
         self.backward: SolverStats | None = None
         self.warned_of_start = False
+        # Modes, training or not, in which f was seen to be one function.
+        self.checked: set[bool] = set()
         self._local = threading.local()
 
     @property
@@ -191,13 +193,28 @@ class ImplicitLayer(nn.Module):
         self.start.remember(problem, solution.z, self.training)
         if not graph:
             with uncached_autocast(start.device.type):
-                return problem(solution.z)
-        if not self._regularizes(generator):
-            return self.gradient(problem, solution, self._reports.took_backward)
-        watched = _Watched(problem.plain())
-        out = self.gradient(watched, solution, self._reports.took_backward)
-        self._keep_penalty(self.regularizer(watched.z, watched.out))
+                out = problem(solution.z)
+        elif not self._regularizes(generator):
+            out = self.gradient(problem, solution, self._reports.took_backward)
+        else:
+            watched = _Watched(problem.plain())
+            out = self.gradient(watched, solution, self._reports.took_backward)
+            self._keep_penalty(self.regularizer(watched.z, watched.out))
+        if isinstance(problem, FunctionProblem):
+            self._check_function(solution, out.detach())
         return out
+
+    def _check_function(self, solution: Solution, out: Tensor) -> None:
+        """Warn where f(z*) shows that a user's f is another function at each call.
+
+        Looks at the first pass of each mode alone: it waits for the device.
+        """
+        if self.training in self._reports.checked:
+            return
+        self._reports.checked.add(self.training)
+        found = _other_residual(solution, out)
+        if found is not None:
+            _warn_of_changing_function(*found)
 
     def _regularizes(self, generator: torch.Generator | None) -> bool:
         """Whether this pass has a penalty."""
@@ -261,6 +278,38 @@ class _Watched:
         self.z = z if z.requires_grad else z.detach().requires_grad_()
         self.out = self.f(self.z)
         return self.out
+
+
+def _other_residual(solution: Solution, out: Tensor) -> tuple[float, float] | None:
+    """The residual a solve ended at and that of ``out`` = f(z*), where they contradict each other.
+
+    What rounding may do to them differs by dtype and device, and is left out generously.
+    """
+    # Neither graphs nor fake tensors have values to look at.
+    if type(out) is not Tensor or torch.compiler.is_compiling() or not out.shape[0]:
+        return None
+    device = out.device.type
+    low = device != 'cpu' or torch.is_autocast_enabled(device)
+    rounding = 1e-2 if low else 1e-7 if out.dtype == torch.float64 else 1e-3
+    lengths = (torch.linalg.vector_norm(v, dim=1) for v in (out - solution.z, out))
+    residual = torch.nan_to_num(torch.div(*lengths), nan=0.0, posinf=0.0).to(out.dtype)
+    reported = solution.residual.to(out.dtype)
+    gap = (residual - reported).abs() - 0.1 * torch.maximum(residual, reported) - rounding
+    worst = gap.argmax()
+    if not gap[worst] > 0:
+        return None
+    return reported[worst].item(), residual[worst].item()
+
+
+def _warn_of_changing_function(reported: float, residual: float) -> None:
+    warnings.warn(
+        'f is not the same function at each call: the solve ended at a residual of '
+        f'{reported:.2g}, and the next call gives {residual:.2g}. Look for dropout, noise, and '
+        'norms that update themselves, such as spectral norm. Give f as a module, not as a '
+        'function around one: its weights are then computed once a forward pass. Draw masks and '
+        'noise before the call of the layer.',
+        stacklevel=5,
+    )
 
 
 def _warn_of_learned_start() -> None:

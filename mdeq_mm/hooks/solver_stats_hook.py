@@ -200,7 +200,9 @@ class _Radius:
         self._remove()
         if batch_idx % self.interval == 0:
             layers = implicit_layers(model)
-            self._handles = [layer.register_forward_hook(self._measure) for layer in layers]
+            self._handles = [
+                layer.register_forward_hook(self._measure, with_kwargs=True) for layer in layers
+            ]
 
     def take(self) -> list[float]:
         """Sum and number of the radii since the last time."""
@@ -208,8 +210,9 @@ class _Radius:
         taken, self._sum, self._count = [self._sum, self._count], 0.0, 0.0
         return taken
 
-    def _measure(self, layer: ImplicitLayer, args: tuple, out: Any) -> None:
-        problem = args[0] if isinstance(args[0], Problem) else FunctionProblem(*args)
+    def _measure(self, layer: ImplicitLayer, args: tuple, kwargs: dict, out: Any) -> None:
+        f, z0 = _arguments(*args, **kwargs)
+        problem = f if isinstance(f, Problem) else FunctionProblem(f, z0)
         radii = spectral_radius(problem.plain(), problem.flat(out), self.iterations)
         self._sum += radii.sum().item()
         self._count += len(radii)
@@ -218,6 +221,11 @@ class _Radius:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _arguments(f: Any, z0: Any = None) -> tuple[Any, Any]:
+    """What an implicit layer was called with, by place or by name."""
+    return f, z0
 
 
 def _log(runner: Runner, mode: str, scalars: dict[str, float]) -> None:

@@ -22,6 +22,8 @@ from mdeq_mm.deq import (
     TruncatedGradient,
 )
 
+pytestmark = pytest.mark.filterwarnings('error:f is not the same function')
+
 TIGHT = LimitedMemoryBroyden(max_iter=80, tol=1e-13, memory=20)
 EXACT = ImplicitLayer(TIGHT, ImplicitGradient(TIGHT))
 SOLVERS = dict(plain=FixedPointIteration, anderson=Anderson, broyden=LimitedMemoryBroyden)

@@ -1,6 +1,7 @@
 """f is one function during a forward pass, and that of no other pass, thread or caller."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -74,6 +75,11 @@ every_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 seen_forms = pytest.mark.parametrize(
     'form', [FORMS[k] for k in list(FORMS)[:3]], ids=list(FORMS)[:3]
 )
+
+
+CHANGING = 'f is not the same function at each call'
+# Of none of the others may it be said.
+pytestmark = pytest.mark.filterwarnings(f'error:{CHANGING}')
 
 
 def make_map(*args, **kwargs):
@@ -236,6 +242,39 @@ def test_spectral_norm_makes_one_power_iteration_a_forward_pass(norm, form):
     (wanted,) = unrolled_gradients(twin).values()
     (got,) = torch.autograd.grad(loss_of(z), list(net.parameters()))
     torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-7)
+
+
+CHANGING_FUNCTIONS = dict(
+    spectral_norm=lambda net: lambda z: net(z),
+    dropout=lambda net: nn.Sequential(net, nn.Dropout(0.5)),
+    noise=lambda net: lambda z: net(z) + 0.01 * torch.randn_like(z),
+)
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('change', CHANGING_FUNCTIONS)
+@pytest.mark.parametrize('graph', [True, False])
+def test_an_f_that_changes_from_call_to_call_is_named_once(change, graph):
+    """The residual that was reported is not that of the value."""
+    normed = parametrizations.spectral_norm if change == 'spectral_norm' else lambda linear: linear
+    net = make_map(lambda size: normed(nn.Linear(size, size)))
+    if change == 'spectral_norm':
+        # New weights, of which its vectors know nothing yet; few evaluations, for with many of
+        # them the power iteration comes to rest.
+        net.linear.parametrizations.weight.original.data.normal_()
+    solver = LimitedMemoryBroyden(max_iter=6)
+    f, layer = CHANGING_FUNCTIONS[change](net), ImplicitLayer(solver, ImplicitGradient(solver))
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(graph):
+        warnings.simplefilter('always')
+        for _ in range(3):
+            layer(f, torch.zeros_like(net.x))
+        (warning,) = [w for w in caught if CHANGING in str(w.message)]
+        assert 'Give f as a module' in str(warning.message)
+        # In evaluation mode these do not change, but for the noise.
+        caught.clear()
+        net.eval()
+        layer.eval()(f.eval() if change == 'dropout' else f, torch.zeros_like(net.x))
+        assert len(caught) == (change == 'noise')
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')

@@ -341,13 +341,13 @@ def test_a_net_in_half_precision(kind, dtype, training, gradient):
 
 WITH_SECOND_DERIVATIVES = dict(
     unrolled=dict(unrolled_layers=3),
-    phantom=dict(gradient=dict(type='PhantomGradient', steps=60, damping=1)),
+    phantom=dict(gradient=dict(type='PhantomGradient', steps=10, damping=1)),
 )
 
 
 @pytest.mark.parametrize('way', WITH_SECOND_DERIVATIVES.values(), ids=WITH_SECOND_DERIVATIVES)
 def test_second_derivatives_are_those_of_finite_differences(way):
-    net = make(channels=(4, 4), max_iter=80, tol=1e-13, **way).eval()
+    net = make(channels=(4, 4), max_iter=60, tol=1e-13, **way).eval()
     net.cell.smooth = True
     x = image()[:1, :, :4, :4].clone().requires_grad_()
     assert torch.autograd.gradgradcheck(

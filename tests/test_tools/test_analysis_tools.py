@@ -234,14 +234,23 @@ class TestGetFlops:
         assert cost.total[0] == parameters
         assert cost.total[1] == cost.stem[1] + 4 * cost.evaluation[1] + cost.head[1]
 
-    def test_agrees_with_a_count_of_the_real_forward(self, tiny):
+    @pytest.mark.parametrize(
+        'gradient',
+        [
+            dict(type='ImplicitGradient', solver=dict(type='Anderson')),
+            dict(type='JacobianFreeGradient'),
+            dict(type='PhantomGradient', steps=3),
+        ],
+        ids=lambda gradient: gradient['type'],
+    )
+    def test_agrees_with_a_count_of_the_real_forward(self, tiny, gradient):
+        """No gradient costs anything where none is wanted."""
         options = ['--cfg-options', 'model.backbone.solver.tol=0']
         cost = get_flops.main(['seg.py', '--shape', '32', '64', *options])
         cfg = Config.fromfile('seg.py')
         cfg.model.backbone.solver.update(type='FixedPointIteration', tol=0)
         cfg.model.backbone.solver.pop('memory')
-        # The counter follows modules through autograd, which the other gradients' leaf disturbs.
-        cfg.model.backbone.gradient = dict(type='JacobianFreeGradient')
+        cfg.model.backbone.gradient = gradient
         model = build_model(cfg)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.rand(1, 3, 32, 64), mode='tensor')

@@ -75,8 +75,6 @@ def parse(monkeypatch):
     def run(path, arguments):
         with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
             patch.setattr(sys, 'argv', [str(path), *arguments])
-            # Where Python finds the modules beside a script.
-            patch.syspath_prepend(str(path.parent))
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
             # Where Python itself looks first for what a script imports.
             patch.syspath_prepend(str(Path(path).parent))

@@ -15,8 +15,3 @@ model = dict(
     ),
     head=dict(_delete_=True, type='ClsHead', loss=dict(type='CrossEntropyLoss', loss_weight=1.0)),
 )
-# No warm-up: nothing here can be unrolled.
-default_hooks = dict(
-    _delete_=True,
-    **{name: hook for name, hook in _base_.default_hooks.items() if name != 'warmup'},
-)

@@ -6,8 +6,3 @@ model = dict(
     neck=dict(_delete_=True, type='GlobalAveragePooling'),
     head=dict(in_channels=64),
 )
-# No warm-up: nothing here can be unrolled.
-default_hooks = dict(
-    _delete_=True,
-    **{name: hook for name, hook in _base_.default_hooks.items() if name != 'warmup'},
-)

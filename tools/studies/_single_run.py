@@ -252,7 +252,7 @@ def run(
         training_images=len(runner.train_dataloader.dataset),
         test_images=len(runner.val_dataloader.dataset),
         iterations=runner.max_iters,
-        warmup_iterations=(cfg.default_hooks.get('warmup') or {}).get('unrolled_iters', 0),
+        warmup_iterations=cfg.default_hooks.warmup.get('unrolled_iters', 0),
         accuracy=history.epochs[-1]['accuracy'],
         cpu_seconds=history.epochs[-1]['cpu_seconds'],
         **test_equilibrium(runner),

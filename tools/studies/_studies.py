@@ -57,7 +57,7 @@ class Study:
 
 TINY = 'mdeq_tiny_cifar10_5k'
 ANDERSON = dict(type='Anderson', max_iter=8, tol=1e-3, memory=5)
-BROYDEN = dict(type='LimitedMemoryBroyden', max_iter=18, tol=1e-3, memory=10)
+BROYDEN = dict(type='LimitedMemoryBroyden', max_iter=18, tol=1e-3, memory=5)
 JACOBIAN_FREE = dict(type='JacobianFreeGradient')
 # Published weights are 0.4 to 3, in 2 to 10 percent of the iterations. In 40 iterations on these
 # images weight 1 in 10 percent of them takes |J|^2 / D from 0.6, where it is without, to 0.1, at no

@@ -9,9 +9,16 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 
-from ..deq import ImplicitLayer, Problem, implicit_layers, solve, spectral_radius
-from ..deq.passes import forward_pass
-from ..deq.problem import FunctionProblem
+from ..deq import (
+    ImplicitLayer,
+    Problem,
+    Solver,
+    ZeroStart,
+    implicit_layers,
+    problem_of,
+    solve,
+    spectral_radius,
+)
 
 
 @torch.no_grad()
@@ -42,9 +49,11 @@ def sweep_evaluations(
     """
     counts = sorted(set(counts))
     layer = _the_layer(model)
-    snapshots = _Snapshots(layer, counts)
+    solver = _evaluating(layer, max(counts))
+    snapshots = _Snapshots(solver, counts)
     evaluators = {count: build_evaluator() for count in counts}
-    with _standing_in(model, layer, snapshots):
+    # The layer's own solve is as short as can be: its result is not used.
+    with _watched(model, layer, solver.replace(max_iter=1), snapshots):
         for batch in loader:
             snapshots.new_batch()
             for count in counts:
@@ -83,11 +92,15 @@ def spectral_radii(
         ValueError: If the model has no implicit layer or several, or unrolls its layers.
     """
     layer = _the_layer(model)
-    radii = _Radii(layer, evaluations, iterations)
-    with _standing_in(model, layer, radii):
+    radii = []
+
+    def measure(problem: Problem, out: Any) -> None:
+        radii.append(spectral_radius(problem.plain(), problem.flat(out), iterations))
+
+    with _watched(model, layer, _evaluating(layer, evaluations), measure):
         for batch in loader:
             model.test_step(deepcopy(batch))
-    return torch.cat(radii.found)
+    return torch.cat(radii)
 
 
 def _the_layer(model: nn.Module) -> ImplicitLayer:
@@ -104,48 +117,43 @@ def _the_layer(model: nn.Module) -> ImplicitLayer:
     return layers[0]
 
 
+def _evaluating(layer: ImplicitLayer, evaluations: int | None) -> Solver:
+    """The solver of the layer's evaluation mode, with a fixed budget where one is given."""
+    solver = layer.solver if layer.eval_solver is None else layer.eval_solver
+    limits = {} if evaluations is None else dict(max_iter=evaluations, tol=0.0)
+    return solver.replace(jitter=None, **limits)
+
+
 @contextmanager
-def _standing_in(model: nn.Module, layer: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Put ``other`` in the place of ``layer``; the model is in evaluation mode meanwhile."""
-    name = next(name for name, module in model.named_modules() if module is layer)
-    parent, _, leaf = name.rpartition('.')
+def _watched(
+    model: nn.Module, layer: ImplicitLayer, solver: Solver, watch: Callable[[Problem, Any], Any]
+) -> Iterator[None]:
+    """Give every problem of ``layer``, solved from zeros by ``solver``, to ``watch``.
+
+    What ``watch`` returns, unless it is None, is what the layer gives. The model is in evaluation
+    mode meanwhile and as before afterwards.
+    """
     modes = {module: module.training for module in model.modules()}
-    setattr(model.get_submodule(parent), leaf, other)
+    kept = layer.eval_solver, layer.start
+    layer.eval_solver, layer.start = solver, ZeroStart()
+    handle = layer.register_forward_hook(
+        lambda _, args, kwargs, out: watch(problem_of(*args, **kwargs), out), with_kwargs=True
+    )
     try:
         model.eval()
         yield
     finally:
-        setattr(model.get_submodule(parent), leaf, layer)
+        handle.remove()
+        layer.eval_solver, layer.start = kept
         for module, training in modes.items():
             module.training = training
 
 
-class _StandIn(nn.Module):
-    """What an implicit layer is to its model, in evaluation: a solve that gives f(z*)."""
-
-    def __init__(self, layer: ImplicitLayer, evaluations: int | None) -> None:
-        super().__init__()
-        solver = layer.solver if layer.eval_solver is None else layer.eval_solver
-        limits = dict(max_iter=evaluations, tol=0.0) if evaluations is not None else {}
-        self.solver = solver.replace(jitter=None, **limits)
-        self.start = layer.start
-
-    def forward(self, f: Any, z0: Any = None) -> Any:
-        with forward_pass():
-            problem = f if isinstance(f, Problem) else FunctionProblem(f, z0)
-            return problem.maps(self.result(problem))
-
-    def result(self, problem: Problem) -> Tensor:
-        """f(z*), (N, D)."""
-        raise NotImplementedError
-
-
-class _Snapshots(_StandIn):
+class _Snapshots:
     """Solves a batch once and gives f of the best iterate at ``count`` evaluations."""
 
-    def __init__(self, layer: ImplicitLayer, counts: Sequence[int]) -> None:
-        super().__init__(layer, max(counts))
-        self.counts, self.count = counts, max(counts)
+    def __init__(self, solver: Solver, counts: Sequence[int]) -> None:
+        self.solver, self.counts, self.count = solver, counts, max(counts)
         self.kept: dict[int, Tensor] = {}
         self.residual_sums = dict.fromkeys(counts, 0.0)
         self.samples = 0
@@ -154,15 +162,15 @@ class _Snapshots(_StandIn):
         """Forget the last batch."""
         self.kept = {}
 
-    def result(self, problem: Problem) -> Tensor:
+    def __call__(self, problem: Problem, _: Any) -> Any:
         if not self.kept:
             watched = _BestOf(problem, self.counts)
-            solve(watched, self.start(problem, False), self.solver)
+            solve(watched, problem.start, self.solver)
             for count, (out, residual) in watched.snapshots().items():
                 self.kept[count] = out
                 self.residual_sums[count] += float(residual.double().sum())
             self.samples += len(residual)
-        return self.kept[self.count]
+        return problem.maps(self.kept[self.count])
 
 
 class _BestOf:
@@ -194,17 +202,3 @@ class _BestOf:
         """f at the best iterate and its residual, for every count."""
         # A solve that ended before, every sample solved or diverged, has no better one later.
         return {count: self._kept.get(count, (self.out, self.residual)) for count in self.counts}
-
-
-class _Radii(_StandIn):
-    """Solves as its layer does and measures f at what it found."""
-
-    def __init__(self, layer: ImplicitLayer, evaluations: int | None, iterations: int) -> None:
-        super().__init__(layer, evaluations)
-        self.iterations = iterations
-        self.found: list[Tensor] = []
-
-    def result(self, problem: Problem) -> Tensor:
-        z = solve(problem, self.start(problem, False), self.solver).z
-        self.found.append(spectral_radius(problem, z, self.iterations))
-        return problem(z)

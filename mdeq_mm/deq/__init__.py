@@ -9,7 +9,7 @@ from .gradients import (
     TruncatedGradient,
 )
 from .layer import ImplicitLayer, SolverStats, implicit_layers
-from .problem import CellProblem, FunctionProblem, Problem
+from .problem import CellProblem, FunctionProblem, Problem, problem_of
 from .regularizers import JacobianRegularizer, spectral_radius
 from .solvers import (
     Anderson,
@@ -46,6 +46,7 @@ __all__ = [
     'TruncatedGradient',
     'ZeroStart',
     'implicit_layers',
+    'problem_of',
     'solve',
     'spectral_radius',
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..options import check_flag, check_int, check_kind, checks_options
 from .gradients import Gradient
 from .passes import forward_pass
-from .problem import FunctionProblem, Problem, State
+from .problem import FunctionProblem, Problem, State, problem_of
 from .regularizers import JacobianRegularizer
 from .solvers import Solution, Solver, Status, solve
 from .solvers.base import uncached_autocast
@@ -165,7 +165,7 @@ class ImplicitLayer(nn.Module):
         """
         self._reports.forward = self._reports.backward = None
         with forward_pass():
-            problem = f if isinstance(f, Problem) else _problem_of(f, z0)
+            problem = problem_of(f, z0)
             if not self.unrolled_layers:
                 return problem.maps(self._equilibrium(problem))
             z = problem.start
@@ -250,12 +250,6 @@ def _check_learns(gradient: Gradient, solver: Solver) -> None:
             f'LimitedMemoryBroyden or Anderson, got {type(solver).__name__}. (An eval_solver may '
             'be any, under torch.no_grad().)'
         )
-
-
-def _problem_of(f: Callable[[Any], Any], z0: State | None) -> Problem:
-    if z0 is None:
-        raise TypeError('ImplicitLayer: z0 is missing: a function of your own needs a start.')
-    return FunctionProblem(f, z0)
 
 
 def implicit_layers(model: nn.Module) -> list[ImplicitLayer]:

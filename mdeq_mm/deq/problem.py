@@ -159,6 +159,19 @@ class FunctionProblem(Problem):
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
+def problem_of(f: Problem | Callable[[Any], Any], z0: State | None = None) -> Problem:
+    """The problem that an implicit layer called with ``f`` and ``z0`` solves.
+
+    Raises:
+        TypeError: If ``f`` is a function and ``z0`` is missing.
+    """
+    if isinstance(f, Problem):
+        return f
+    if z0 is None:
+        raise TypeError('ImplicitLayer: z0 is missing: a function of your own needs a start.')
+    return FunctionProblem(f, z0)
+
+
 def _version(z: Tensor) -> int | None:
     """How often ``z`` was changed in place; None where torch does not count."""
     return None if z.is_inference() or torch.compiler.is_compiling() else z._version

@@ -11,12 +11,11 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..deq import (
-    FunctionProblem,
     ImplicitLayer,
-    Problem,
     SolverStats,
     Status,
     implicit_layers,
+    problem_of,
     spectral_radius,
 )
 from ..options import check_int, check_number, checks_options
@@ -211,8 +210,7 @@ class _Radius:
         return taken
 
     def _measure(self, layer: ImplicitLayer, args: tuple, kwargs: dict, out: Any) -> None:
-        f, z0 = _arguments(*args, **kwargs)
-        problem = f if isinstance(f, Problem) else FunctionProblem(f, z0)
+        problem = problem_of(*args, **kwargs)
         radii = spectral_radius(problem.plain(), problem.flat(out), self.iterations)
         self._sum += radii.sum().item()
         self._count += len(radii)
@@ -221,11 +219,6 @@ class _Radius:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _arguments(f: Any, z0: Any = None) -> tuple[Any, Any]:
-    """What an implicit layer was called with, by place or by name."""
-    return f, z0
 
 
 def _log(runner: Runner, mode: str, scalars: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ from mdeq_mm.deq import (
     ImplicitLayer,
     JacobianFreeGradient,
     LimitedMemoryBroyden,
+    PreviousStart,
 )
 
 COUNTS = (1, 2, 3, 5, 9)
@@ -81,11 +82,13 @@ def test_a_sweep_is_a_test_for_each_number_of_evaluations(solver):
 
 def test_the_model_is_as_before():
     model = Affine(Anderson(max_iter=4))
+    model.inner['layer'].start = PreviousStart()
     layer = model.inner['layer']
     model.inner.eval()
     sweep_evaluations(model, batches(), evaluator, COUNTS)
     spectral_radii(model, batches())
-    assert model.inner['layer'] is layer and layer.forward_stats is None
+    assert model.inner['layer'] is layer and not layer._forward_hooks
+    assert layer.eval_solver is None and isinstance(layer.start, PreviousStart)
     assert model.training and not model.inner.training and not layer.training
     assert not any(z.requires_grad for z in model.seen)
 
@@ -95,7 +98,14 @@ def test_a_failure_leaves_the_model_as_before():
     layer = model.inner['layer']
     with pytest.raises(KeyError):
         sweep_evaluations(model, [dict()], evaluator, COUNTS)
-    assert model.inner['layer'] is layer and model.training
+    assert model.inner['layer'] is layer and model.training and not layer._forward_hooks
+
+
+def test_no_solve_begins_at_the_last_batch():
+    model = Affine(LimitedMemoryBroyden(max_iter=4))
+    cold = sweep_evaluations(model, batches(), evaluator, COUNTS)
+    model.inner['layer'].start = PreviousStart()
+    assert sweep_evaluations(model, batches(), evaluator, COUNTS) == cold
 
 
 def test_a_sample_that_turns_nan_keeps_its_best_iterate():

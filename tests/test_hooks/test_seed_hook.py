@@ -102,10 +102,8 @@ def run(tmp_path, by_epoch=False, length=6, loader=(), hooks=(), val_interval=10
 PERSISTENT = dict(num_workers=2, persistent_workers=True)
 CASES = [
     (False, {}),
-    (False, PERSISTENT),
     (True, {}),
     (True, dict(num_workers=2)),
-    (True, PERSISTENT),
     # More processes than an epoch has batches.
     (True, dict(num_workers=4, persistent_workers=True)),
 ]

@@ -9,7 +9,7 @@ from mdeq_mm.models import MDEQBackbone
 pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 
-SEED, CASES = 0, 60
+SEED, CASES = 0, 30
 
 
 @pytest.fixture

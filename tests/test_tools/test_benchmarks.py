@@ -86,6 +86,7 @@ def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
     assert len(shares) == 3 * len(precisions) and (tmp_path / 'f.png').is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_are_timed_beside_one():
     code = 'import scale; assert len(scale.processes(1, 2, 2)["ratio"]) == 3'
     run('-c', code)

@@ -54,11 +54,11 @@ demo: $(STAMP)  ## train and evaluate a small MDEQ on embedded data, print mIoU 
 
 test: $(STAMP)  ## run the test suite, but for the slow tests
 	@echo '==> tests'
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)  ## train the digits network by every gradient: 20 minutes
 	@echo '==> slow tests'
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # A test that fails does not keep the benchmark from running: a GPU may be there for minutes only.
 gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a GPU: its tests, then the benchmark; GPU_PYTHON=python3

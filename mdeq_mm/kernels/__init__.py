@@ -6,6 +6,7 @@ image at a time, so that what is read a second time is still in the cache, and k
 pass what cannot be computed again:
 
 - :func:`norm_relu`: norm, ReLU;
+- :func:`norm_relu_conv`: norm, ReLU, convolution, which is torch's;
 - :func:`residual_norms`: mask of dropout, injection, norm, + z, rectifier, norm;
 - :func:`sum_rectify`: sum of maps, each normalized and brought to the size of the sum, rectifier.
 
@@ -15,8 +16,18 @@ Only torch is needed.
 
 from .backends import KERNELS, resolve
 from .norm_relu import norm_relu
+from .norm_relu_conv import norm_relu_conv
 from .norms import Norm
 from .residual_norms import residual_norms
 from .sum_rectify import Term, sum_rectify
 
-__all__ = ['KERNELS', 'Norm', 'Term', 'norm_relu', 'residual_norms', 'resolve', 'sum_rectify']
+__all__ = [
+    'KERNELS',
+    'Norm',
+    'Term',
+    'norm_relu',
+    'norm_relu_conv',
+    'residual_norms',
+    'resolve',
+    'sum_rectify',
+]

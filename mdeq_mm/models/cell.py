@@ -9,7 +9,15 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..kernels import KERNELS, Term, norm_relu, residual_norms, resolve, sum_rectify
+from ..kernels import (
+    KERNELS,
+    Term,
+    norm_relu,
+    norm_relu_conv,
+    residual_norms,
+    resolve,
+    sum_rectify,
+)
 from ..layers import (
     MDEQConv2d,
     MDEQGroupNorm,
@@ -62,7 +70,7 @@ class ResidualBlock(nn.Module):
     def forward(self, z: Tensor, injection: Tensor = None, smooth: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ``injection`` only reaches the first scale."""
         z = _dense(z)
-        out = self.conv2(_norm(self.norm1, self.conv1(z)))
+        out = _norm_conv(self.norm1, self.conv2, self.conv1(z))
         if fusible(self.norm2, self.norm3) and not has_hooks(self.drop):
             mask, kernel = self.drop.mask(out), self.norm2.kernel
             return residual_norms(
@@ -92,6 +100,14 @@ def _norm(norm: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
     if fusible(norm):
         return norm_relu(x, norm.norm, relu, norm.kernel, inplace=True)
     return F.relu(norm(x), inplace=True) if relu else norm(x)
+
+
+def _norm_conv(norm: nn.Module, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution of the rectified norm of what a convolution gave, and nothing else needs."""
+    plain = type(conv).forward is MDEQConv2d.forward and not has_hooks(conv)
+    if plain and fusible(norm):
+        return norm_relu_conv(x, norm.norm, conv.weight, conv.padding[0], norm.kernel)
+    return conv(_norm(norm, x))
 
 
 def _term(norm: nn.Module, x: Tensor, upsample: bool = False) -> Term:

@@ -1,4 +1,4 @@
-"""The three operations on random inputs, and what they are by definition, in plain arithmetic."""
+"""The operations on random inputs, and what they are by definition, in plain arithmetic."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdeq_mm.kernels import Norm, Term, norm_relu, residual_norms, sum_rectify
+from mdeq_mm.kernels import Norm, Term, norm_relu, norm_relu_conv, residual_norms, sum_rectify
 
 LAST = torch.channels_last
 
@@ -56,6 +56,26 @@ class NormRelu:
     def defined(self):
         y = defined_norm(self.x, self.norm)
         return F.relu(y) if self.relu else y
+
+
+@dataclass
+class NormReluConv:
+    """conv(relu(norm(x)))."""
+
+    x: Tensor
+    norm: Norm
+    weight: Tensor
+
+    @classmethod
+    def random(cls, n, c, h, w, groups, affine=True, dtype=torch.float64):
+        weight = torch.randn(c, c, 3, 3, dtype=torch.float64).to(dtype)
+        return cls(maps(n, c, h, w, dtype), norm(c, groups, affine, _wide(dtype)), weight)
+
+    def computed(self, kernel):
+        return norm_relu_conv(self.x, self.norm, self.weight, 1, kernel)
+
+    def defined(self):
+        return F.conv2d(F.relu(defined_norm(self.x, self.norm)), self.weight, padding=1)
 
 
 @dataclass
@@ -142,7 +162,7 @@ class Sum:
         return rectified(total, self.smooth)
 
 
-Case = NormRelu | Residual | Sum
+Case = NormRelu | NormReluConv | Residual | Sum
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

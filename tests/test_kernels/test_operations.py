@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from mdeq_mm.kernels import Norm, Term, norm_relu, residual_norms, sum_rectify
 
-from .cases import NormRelu, Residual, Sum, mapped, maps, results, tensors
+from .cases import NormRelu, NormReluConv, Residual, Sum, mapped, maps, results, tensors
 
 # n, c, h, w, groups: odd sizes, one pixel, one channel, groups of one channel, one group, channels
 # that fill registers and that do not, maps of more than one block.
@@ -25,6 +25,7 @@ SHAPES = [
 KINDS = [
     (NormRelu, {}),
     (NormRelu, dict(relu=False)),
+    (NormReluConv, {}),
     (Residual, {}),
     (Residual, dict(injected=False)),
     (Residual, dict(dropped=False)),
@@ -99,7 +100,7 @@ LAYOUTS = dict(
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', [NormRelu, Residual, Sum])
+@pytest.mark.parametrize('kind', [NormRelu, NormReluConv, Residual, Sum])
 def test_any_layout_in_memory(kernel, kind, layout):
     case = kind.random(2, 6, 4, 5, 3)
     other = mapped(case, lambda t: LAYOUTS[layout](t) if t.dim() == 4 else t)

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import importlib
 import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,12 +27,22 @@ from mdeq_mm.kernels import (
 )
 from mdeq_mm.layers import MDEQGroupNorm
 
-from .cases import NormRelu, Residual, Sum, differentiable, mapped, maps, results, tensors
+from .cases import (
+    NormRelu,
+    NormReluConv,
+    Residual,
+    Sum,
+    differentiable,
+    mapped,
+    maps,
+    results,
+    tensors,
+)
 
 EVERY = [NormRelu, Residual, Sum]
 
 
-@pytest.mark.parametrize('kind', EVERY)
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_parameters_that_are_frozen_cost_and_get_nothing(cpp, kind, monkeypatch):
     asked = []
 
@@ -59,7 +71,7 @@ def test_parameters_that_are_frozen_cost_and_get_nothing(cpp, kind, monkeypatch)
     assert asked[0][-1] is True and asked[1][-1] is False
 
 
-@pytest.mark.parametrize('kind', EVERY)
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_a_graph_may_be_walked_as_often_as_the_adjoint_solver_likes(kernel, kind):
     case = differentiable(kind.random(2, 4, 3, 3, 2))
     first = tensors(case)[0]
@@ -85,7 +97,7 @@ def test_a_gradient_ends_at_the_inputs_when_it_is_differentiated_again(kernel):
     torch.testing.assert_close(f(weight, True), f(weight, False))
 
 
-@pytest.mark.parametrize('kind', EVERY)
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_nothing_is_kept_but_inputs_result_and_moments(cpp, kind):
     case = differentiable(kind.random(2, 8, 6, 6, 4))
     saved = []
@@ -95,6 +107,41 @@ def test_nothing_is_kept_but_inputs_result_and_moments(cpp, kind):
     others = [t for t in saved if t.data_ptr() not in known]
     # Two numbers for each group of each image; the mask.
     assert 0 < sum(t.numel() for t in others) <= 2 * 2 * 8 * 3
+
+
+def test_a_backward_pass_computes_the_gradients_it_is_asked_for(cpp, monkeypatch):
+    """The adjoint solver wants that of the map alone, and not the weight's."""
+    case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
+    y, computed = case.computed(cpp), []
+    module = importlib.import_module('mdeq_mm.kernels.norm_relu_conv')
+    gradient = module._conv_gradient
+    counted = lambda *args: computed.append(args[-1]) or gradient(*args)  # noqa: E731
+    monkeypatch.setattr(module, '_conv_gradient', counted)
+    v = torch.randn_like(y)
+    for wanted, which in (
+        ([case.x], [0]),
+        ([case.weight], [0, 1]),
+        ([case.x, case.weight], [0, 1]),
+    ):
+        computed.clear()
+        torch.autograd.grad(y, wanted, v, retain_graph=True)
+        assert computed == which
+    y = replace(case, x=case.x.detach(), norm=Norm(2)).computed(cpp)
+    computed.clear()
+    torch.autograd.grad(y, case.weight, v)
+    assert computed == [1]
+
+
+def test_the_gradient_of_one_pass_is_not_that_of_another(cpp):
+    """A pass that does not ask for the weight's leaves nothing to one that does."""
+    case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
+    y = case.computed(cpp)
+    first, second = torch.randn_like(y), torch.randn_like(y)
+    torch.autograd.grad(y, case.x, first, retain_graph=True)
+    expected = torch.autograd.grad(case.defined(), case.weight, second)
+    for twice in (False, True):
+        got = torch.autograd.grad(y, case.weight, second, retain_graph=True, create_graph=twice)
+        torch.testing.assert_close(got, expected)
 
 
 def test_memory_that_nobody_needs_is_used_again(cpp):
@@ -130,7 +177,7 @@ def test_to_the_bit_independent_of_batch_and_threads(cpp, kind):
                 assert torch.equal(a, b[rows])
 
 
-@pytest.mark.parametrize('kind', EVERY)
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_many_threads_at_once(cpp, kind):
     cases = [kind.random(2, 8, 9, 9, 4) for _ in range(8)]
     weights = torch.randn(2, 8, 9, 9, dtype=torch.float64)

@@ -53,10 +53,12 @@ def commands_of(page):
     return [block.split('\n') for block in done.stdout.strip('\n').split('\n\n')]
 
 
+# A command that several pages give is tried once, under the name of the first.
 COMMANDS = [
-    pytest.param(command, id=f'{page.name}: {" ".join(command)[:90]}')
-    for page in PAGES
-    for command in commands_of(page)
+    pytest.param(list(command), id=f'{page.name}: {" ".join(command)[:90]}')
+    for command, page in {
+        tuple(command): page for page in reversed(PAGES) for command in commands_of(page)
+    }.items()
 ]
 
 

@@ -18,6 +18,7 @@ from mdeq_mm.hooks import IterationSeedHook, MDEQWarmupHook, SolverStatsHook
 from mdeq_mm.layers import VariationalDropout2d, reset_masks
 from mdeq_mm.models import MDEQCell
 
+from .. import plain_dump  # noqa: F401
 from . import contracting, tiny_backbone
 from .test_sharded import WRAPPERS, make, step
 

@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py, from the command line and from Python."""
 
+import importlib
 import json
 import os
 import pickle
@@ -66,6 +67,7 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 auto_scale_lr = dict(enable=False, base_batch_size=12)
+custom_imports = dict(imports=['mdeq_mm', 'tests.plain_dump'])
 """
 CLASSIFIER = f"""
 _base_ = [
@@ -89,6 +91,7 @@ train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 auto_scale_lr = dict(enable=False, base_batch_size=10)
+custom_imports = dict(imports=['mdeq_mm', 'tests.plain_dump'])
 """
 # Data loaders without processes of their own: nothing here is worth starting one.
 IN_PROCESS = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
@@ -161,28 +164,27 @@ def logged(work_dir, key):
 def test_large_cityscapes_end_to_end(tmp_path):
     """The config itself: only the data's place, the crop and the counts are other ones."""
     cityscapes = write_cityscapes(tmp_path / 'cityscapes', num_val=1)
-    config = REPO / 'configs/mdeq_large_cityscapes.py'
-    options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(64,128)', *IN_PROCESS]
-    options += ['model.backbone.solver.max_iter=3', 'train_dataloader.batch_size=2']
+    config = str(REPO / 'configs/mdeq_large_cityscapes.py')
+    options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(32,64)', *IN_PROCESS]
+    solvers = ('solver', 'gradient.solver')
+    options += [f'model.backbone.{solver}.max_iter=3' for solver in solvers]
+    options += ['train_dataloader.batch_size=2']
     options += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
     options += ['default_hooks.solver_stats.interval=1']
     options += [f'default_hooks.warmup.{phase}_iters=1' for phase in ('unrolled', 'softplus')]
     work_dir = tmp_path / 'train'
-    run([*TRAIN, config, '--work-dir', work_dir, *options], tmp_path)
+    train.main([config, '--work-dir', str(work_dir), *options])
     # The first iteration is unrolled and solves nothing; the last trains what is tested.
     assert logged(work_dir, 'train/deq_nfe') == [3]
     losses = logged(work_dir, 'loss')
     assert losses and np.isfinite(losses).all(), losses
 
-    out = run(
-        [*TEST, config, work_dir / 'iter_2.pth', '--work-dir', tmp_path / 'test', *options],
-        tmp_path,
-    )
-    tested = float(re.findall(r'mIoU: (\S+)', out)[-1])
-    assert tested == pytest.approx(logged(work_dir, 'mIoU')[-1], abs=5e-3), out[-2000:]
+    checkpoint = str(work_dir / 'iter_2.pth')
+    _, tested = test.main([config, checkpoint, '--work-dir', str(tmp_path / 'test'), *options])
+    assert tested['mIoU'] == pytest.approx(logged(work_dir, 'mIoU')[-1], abs=5e-3)
 
 
-def test_demo_trains_evaluates_and_paints(tmp_path):
+def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
     options = [
         '--cfg-options',
         'train_cfg.max_iters=2',
@@ -192,7 +194,11 @@ def test_demo_trains_evaluates_and_paints(tmp_path):
         'val_dataloader.dataset.indices=8',
         *IN_PROCESS,
     ]
-    out = run([sys.executable, REPO / 'tools/demo.py', *options], tmp_path)
+    monkeypatch.syspath_prepend(str(REPO / 'tools'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['demo.py', *options])
+    importlib.import_module('demo').main()
+    out = capsys.readouterr().out
     assert re.search(r'^mIoU on 8 validation scenes: \d+\.\d$', out, re.MULTILINE)
     path = out.splitlines()[-1].split(': ')[1]
     assert path == 'work_dirs/mdeq_demo_digit_scenes/demo.png'

@@ -67,6 +67,22 @@ def test_suites_write_numbers_and_a_picture(tmp_path, suite, base, count):
         assert limit['seconds'] == pytest.approx(limit['operations'] / limit['rate'])
 
 
+@pytest.mark.parametrize(
+    'net, rows', [pytest.param('large', 4, marks=pytest.mark.slow), ('cityscapes', 3)]
+)
+def test_time_and_memory_stand_beside_those_of_an_explicit_net(tmp_path, net, rows):
+    pytest.importorskip('mmpretrain')
+    pytest.importorskip('mmseg')
+    flags = ['--suite', 'step', '--net', net, '--repeats', '1', '--batch', '1', '--device', 'cpu']
+    run(FOLDER / 'run.py', *flags, '--crop', '64', '64', '--out', tmp_path)
+    result = json.loads((tmp_path / f'step_{net}.json').read_text())
+    for part in (result, result['memory']):
+        names = [name for name in part['ratio'] if not name.endswith('bf16')]
+        assert len(names) == rows and part['ratio'][names[0]] == 1 and 'MDEQ' not in names[0]
+        assert all(value > 0 for value in part['minimum'].values()), part['minimum']
+    assert (tmp_path / f'step_{net}.png').is_file()
+
+
 def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
     if extension.load():
         pytest.skip(f'no C++ operations: {extension.load()}')

@@ -4,12 +4,14 @@ import argparse
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from nets import SMALL, backbone, hrnet_w18, train_step
-from timing import Result
+from timing import Result, Step
 
 HRNET = 'HRNet-W18 (mmseg)'
 COUNTS = (6, 12, 20, 40)
@@ -53,20 +55,12 @@ class PeakMemory:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of one training step of each network, each in a process of its own."""
-    # glibc keeps freed blocks below a moving threshold; from a mapping of their own they go back
-    # at once, so that what is resident is what is in use. Children read it when they start.
-    before = os.environ.get(MALLOC)
-    os.environ[MALLOC] = '65536'
-    try:
-        samples = {}
-        for count in (*COUNTS, None):
-            name = HRNET if count is None else f'MDEQ-small, max_iter {count}'
-            samples[name] = [_peak(args.crop, args.device, count) / 2**20]
-            print(f'  {name}: {samples[name][0]:.0f} MB', flush=True)
-    finally:
-        del os.environ[MALLOC]
-        os.environ.update({} if before is None else {MALLOC: before})
+    """Peak memory of one training step of each network."""
+    samples = {}
+    for count in (*COUNTS, None):
+        name = HRNET if count is None else f'MDEQ-small, max_iter {count}'
+        samples[name] = [peak_memory(args.device, _step, args.crop, args.device, count) / 2**20]
+        print(f'  {name}: {samples[name][0]:.0f} MB', flush=True)
     h, w = args.crop
     caption = f'peak memory of a step over start, one {h}x{w} crop'
     result = Result.of(samples, f'MDEQ-small, max_iter {COUNTS[1]}', caption, unit='MB')
@@ -74,21 +68,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result.to_dict()
 
 
-def _peak(crop: tuple[int, int], device: str, count: int | None) -> int:
-    context = torch.multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    child = context.Process(target=_peak_in_child, args=(queue, crop, device, count))
-    child.start()
-    peak = queue.get()
-    child.join()
-    return peak
-
-
-def _peak_in_child(queue: Any, crop: tuple[int, int], device: str, count: int | None) -> None:
-    """Peak of one training step in a fresh process, whose allocator holds nothing back."""
-    x = torch.randn(1, 3, *crop, device=device)
+def _step(crop: tuple[int, int], device: str, count: int | None) -> Step:
     net = hrnet_w18(device) if count is None else backbone(device, count, **SMALL)
-    step = train_step(net, x)
+    return train_step(net, torch.randn(1, 3, *crop, device=device))
+
+
+def peak_memory(device: str, build: Callable[..., Step], *args: Any) -> int:
+    """Peak memory of a step over what was in use before it, in bytes.
+
+    The step, that of ``build(*args)``, is the first of a process of its own, whose allocator holds
+    nothing back.
+
+    Args:
+        device: Where it computes.
+        build: A function that a new process can import.
+        *args: What it takes.
+    """
+    # glibc keeps freed blocks below a moving threshold; from a mapping of their own they go back
+    # at once, so that what is resident is what is in use. The child reads it when it starts.
+    before = os.environ.get(MALLOC)
+    os.environ[MALLOC] = '65536'
+    try:
+        context = torch.multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_peak, device, build, args).result()
+    finally:
+        del os.environ[MALLOC]
+        os.environ.update({} if before is None else {MALLOC: before})
+
+
+def _peak(device: str, build: Callable[..., Step], args: tuple) -> int:
+    step = build(*args)
     with PeakMemory(device) as memory:
         step()
-    queue.put(memory.peak)
+    return memory.peak

@@ -7,7 +7,8 @@ solver: time of a solve over the time of its evaluations of f, for every solver.
 step:   a training step (forward and backward) of the tiny CIFAR-10 network at the same number of
         evaluations, beside torchdeq's solvers on the same f, plain backpropagation through as many
         layers, mmpretrain's ResNet-101 with a CIFAR stem, and the same evaluations of f and vjp
-        without a solver, which is as fast as any solver can be.
+        without a solver, which is as fast as any solver can be. With --net large or cityscapes time
+        and peak memory of that model beside ResNet-101 and beside mmsegmentation's HRNet-W18.
 memory: peak memory of a step over what was there before it, at growing max_iter, and of
         mmsegmentation's HRNet-W18 on the same crop.
 scale:  how the step grows with batch, resolution, width and evaluations, and on CPUs with a second
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import mdeq_mm  # noqa: F401
 
+import explicit
 import f
 import gpu
 import memory
@@ -50,6 +52,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--batch', type=int, default=32, help='images, of suites f, solver, step and gpu'
     )
     parser.add_argument(
+        '--net',
+        default='tiny',
+        choices=('tiny', *explicit.PAIRS),
+        help='model of suite step; large and cityscapes have budgets of their own',
+    )
+    parser.add_argument(
         '--nfe', type=int, default=24, help='evaluations of f in either pass; of suite gpu, at most'
     )
     parser.add_argument(
@@ -65,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         default=(512, 1024),
         metavar=('H', 'W'),
-        help='rows and columns of the image, of suite memory',
+        help='rows and columns of the image, of suite memory and of --net cityscapes',
     )
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser.add_argument('--device', default=default, help='where to compute')
@@ -83,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = report.environment(args.device)
     print(', '.join(f'{key} {value}' for key, value in settings.items()))
     result = {'environment': settings, **suite.measure(args)}
-    path = Path(args.out, f'{args.suite}.json')
+    name = args.suite if args.net == 'tiny' else f'{args.suite}_{args.net}'
+    path = Path(args.out, f'{name}.json')
     report.write(result, path)
     picture = path.with_suffix(getattr(suite, 'PICTURE', '.png'))
     getattr(suite, 'paint', report.paint)(result, picture)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import explicit
 import torch
 from nets import TINY, Torchdeq, backbone, calls_alone, has_bfloat16, resnet101, train_step
 from timing import Result, Step, interleaved, matmul_rate
@@ -11,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time a step of the tiny network, of what else does the same, and its lower bound."""
+    """Time a step of the network, of what else does the same, and its lower bound."""
+    if args.net in explicit.PAIRS:
+        return explicit.measure(args)
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
     steps = candidates(args, x)
     samples = interleaved(steps, args.repeats, args.device)
@@ -48,11 +51,18 @@ def candidates(args: argparse.Namespace, x: torch.Tensor) -> dict[str, Step]:
         print('  this CPU has no instructions for bfloat16: left out')
     try:
         for name in ('broyden', 'anderson', 'fixed_point_iter'):
-            module = Torchdeq(backbone(device, **TINY), nfe, name, ift=True)
-            steps[f'torchdeq {name}'] = train_step(module, x)
+            steps[f'torchdeq {name}'] = torchdeq_step(device, x, nfe, name, 'native')
+        fused = torchdeq_step(device, x, nfe, 'broyden', 'auto')
+        steps['torchdeq broyden, fused f'] = fused
     except ImportError:
         print('  torchdeq is not installed (pip install torchdeq): left out')
     return steps
+
+
+def torchdeq_step(device: str, x: torch.Tensor, nfe: int, solver: str, norm_kernel: str) -> Step:
+    """A step with torchdeq's solvers, whose users have an f of torch's operators, ``'native'``."""
+    net = backbone(device, **TINY, norm_kernel=norm_kernel)
+    return train_step(Torchdeq(net, nfe, solver, ift=True), x)
 
 
 def count_operations(function: Callable[[], Any]) -> int:

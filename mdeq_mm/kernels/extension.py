@@ -25,7 +25,7 @@ _SOURCES = Path(__file__).parent / 'csrc'
 # No -ffast-math: a solver looks for NaN. OpenMP is torch's own, found where torch is loaded: a
 # second one would bring threads of its own.
 _FLAGS = (
-    '-O2 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
+    '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
     '-Wno-psabi -Wno-ignored-attributes'
 ).split()
 _lock = threading.Lock()
@@ -186,8 +186,11 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def _register_shapes() -> None:
-    """Tell torch.compile what the operations return, without running them."""
+    """Tell torch.compile what the operations return without running them, and counters the cost."""
+    from torch.utils.flop_counter import register_flop_formula
+
     from . import shapes
 
     for name, function in shapes.ALL.items():
         torch.library.register_fake(f'mdeq_mm::{name}', function)
+    register_flop_formula(torch.ops.mdeq_mm.conv3x3)(shapes.conv3x3_flop)

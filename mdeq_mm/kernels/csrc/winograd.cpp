@@ -167,16 +167,20 @@ void gather(const A* x, const Grid& grid, int64_t channels, int64_t first, int64
     }
     const auto transform = [&](int64_t c, const auto& load, const auto& store) {
       V d[4][4], half[4][4];
+#pragma GCC unroll 16
       for (int p = 0; p < kEntries; ++p) d[p / 4][p % 4] = pixels[p] ? load(pixels[p] + c) : V{};
+#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         half[0][j] = d[0][j] - d[2][j];
         half[1][j] = d[1][j] + d[2][j];
         half[2][j] = d[2][j] - d[1][j];
         half[3][j] = d[1][j] - d[3][j];
       }
+#pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
         const V* h = half[r];
         const V entries[] = {h[0] - h[2], h[1] + h[2], h[2] - h[1], h[1] - h[3]};
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
           store(out + ((4 * r + j) * kTiles + t) * channels + c, entries[j]);
       }
@@ -205,23 +209,28 @@ void scatter(
     A* corner = y + ((grid.image(tile) * grid.h + i) * grid.w + j) * channels + k;
     for (int64_t c = 0; c < columns; c += Lanes::width) {
       V m[4][4], half[2][4];
+#pragma GCC unroll 16
       for (int p = 0; p < kEntries; ++p)
         m[p / 4][p % 4] = Lanes::load(products + (p * kTiles + t) * columns + c);
+#pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
         half[0][q] = m[0][q] + m[1][q] + m[2][q];
         half[1][q] = m[1][q] - m[2][q] - m[3][q];
       }
       const int64_t wanted = std::min(Lanes::width, channels - k - c);
-      for (int64_t r = 0; r < std::min<int64_t>(2, grid.h - i); ++r) {
+      const auto put = [&](int64_t r, int64_t q, V v) {
+        A* pixel = corner + (r * grid.w + q) * channels + c;
+        if (wanted == Lanes::width)
+          Lanes::store(pixel, v);
+        else
+          store_some(pixel, v, wanted);
+      };
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+        if (r == 1 && i + 1 == grid.h) break;
         const V* h = half[r];
-        const V pair[] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
-        for (int64_t q = 0; q < std::min<int64_t>(2, grid.w - j); ++q) {
-          A* pixel = corner + (r * grid.w + q) * channels + c;
-          if (wanted == Lanes::width)
-            Lanes::store(pixel, pair[q]);
-          else
-            store_some(pixel, pair[q], wanted);
-        }
+        put(r, 0, h[0] + h[1] + h[2]);
+        if (j + 1 < grid.w) put(r, 1, h[1] - h[2] - h[3]);
       }
     }
   }

@@ -81,7 +81,7 @@ lint: $(STAMP)  ## check style and format
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 
-format: $(STAMP)  ## mend style and format
+format: $(STAMP)  ## fix style and format
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 

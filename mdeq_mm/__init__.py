@@ -7,7 +7,7 @@ nor mmcv is installed it gives :mod:`mdeq_mm.deq` alone, which needs torch only.
 
 # Loaded before anything can fail: see mdeq_mm/check/__main__.py.
 from . import check  # noqa: F401
-from .compat import allow_mm_globals, check_stack, has_openmmlab, mend_config_lookup
+from .compat import allow_mm_globals, check_stack, has_openmmlab, patch_config_lookup
 from .model_index import register_models
 from .threads import bound_spinning
 from .version import __version__
@@ -18,19 +18,19 @@ __all__ = ['__version__', 'register_models']
 bound_spinning()
 
 if has_openmmlab():
-    # First: a doubled or mixed stack fails in ways that do not name it.
+    # First: a doubled or mixed stack fails later, with errors that do not name the cause.
     check_stack()
 try:
     if has_openmmlab():
         from . import hooks, layers, models, registry  # noqa: F401
 
         allow_mm_globals()
-        mend_config_lookup()
+        patch_config_lookup()
     else:
         from . import deq  # noqa: F401
-except Exception as error:  # a package that does not fit may raise anything
+except Exception as error:  # an incompatible package may raise anything
     raise ImportError(
         f'mdeq_mm cannot be imported ({type(error).__name__}: {error}): "python -m mdeq_mm.check" '
-        'says what of its environment is missing or broken',
+        'says what is missing or broken in this environment',
         name=__name__,
     ) from error

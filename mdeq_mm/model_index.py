@@ -1,4 +1,4 @@
-"""Makes mmpretrain's model hub know the classification models of this project."""
+"""Adds the classification models of this project to mmpretrain's model hub."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ def config_root() -> Path:
     """The folder that holds ``configs/``: in a wheel ``mdeq_mm/.mim``, else the repository.
 
     Raises:
-        FileNotFoundError: If neither has the metafile.
+        FileNotFoundError: If neither contains the metafile.
     """
     package = Path(__file__).resolve().parent
     for root in (package / '.mim', package.parent):
@@ -22,14 +22,14 @@ def config_root() -> Path:
 def register_models() -> None:
     """Add the models to ``mmpretrain.list_models`` and ``mmpretrain.get_model``.
 
-    A name is that of its config, ``mdeq_small_imagenet`` for ``configs/mdeq_small_imagenet.py``.
-    No weights come with it: give ``get_model(name, pretrained=CHECKPOINT)`` your own. Calling it
-    again changes nothing.
+    A model has the name of its config: ``mdeq_small_imagenet`` for
+    ``configs/mdeq_small_imagenet.py``. There are no weights for them: pass your own,
+    ``get_model(name, pretrained=CHECKPOINT)``. Calling this again has no effect.
 
     Raises:
         ModuleNotFoundError: If mmpretrain is not installed.
     """
-    # Only here: the package itself depends on neither mmpretrain nor mmsegmentation.
+    # Imported here because the package itself depends on neither mmpretrain nor mmsegmentation.
     from mmpretrain.apis import ModelHub
 
     if not ModelHub.has('mdeq_small_imagenet'):

@@ -17,7 +17,7 @@ def closest(name: str, choices: Iterable[str]) -> str:
 
 
 def checks_options(cls: T) -> T:
-    """Class decorator: an unknown keyword lists the options the class does take."""
+    """Class decorator: an unknown keyword raises an error that lists the valid options."""
     init = cls.__init__
     valid = [name for name in inspect.signature(init).parameters if name != 'self']
 
@@ -36,7 +36,7 @@ def checks_options(cls: T) -> T:
 
 
 def immutable(cls: T) -> T:
-    """Class decorator: a frozen dataclass that checks its options and says how to change them."""
+    """Class decorator: a frozen dataclass that checks its options; assignment raises an error."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     cls.__setattr__ = _refuse_change
     return checks_options(cls)
@@ -44,8 +44,8 @@ def immutable(cls: T) -> T:
 
 def _refuse_change(self: Any, name: str, value: Any) -> None:
     raise AttributeError(
-        f'{type(self).__name__} cannot be changed: make another one by '
-        f'replace({name}={value!r}) and put it in the place of this one.'
+        f'{type(self).__name__} cannot be changed. Make a new one by '
+        f'replace({name}={value!r}) and use that instead.'
     )
 
 
@@ -102,12 +102,12 @@ def check_kind(owner: str, name: str, value: Any, kind: type) -> Any:
     """``value`` if it is an instance of ``kind``, else a TypeError that says how to make one."""
     if not isinstance(value, kind):
         raise TypeError(
-            f'{owner}: {name} must be a {kind.__name__}, got {value!r}. Where it is described by '
-            'a dict, mdeq_mm.registry makes one of it.'
+            f'{owner}: {name} must be a {kind.__name__}, got {value!r}. To build one from a '
+            'dict, use mdeq_mm.registry.build_part.'
         )
     return value
 
 
 def describe(cls: type | None) -> str:
-    """Module and name of a class, for messages."""
+    """Module and name of a class, for error messages."""
     return 'None' if cls is None else f'{cls.__module__}.{cls.__qualname__}'

@@ -1,6 +1,6 @@
 """The border between configs and the core: dicts become objects of :mod:`mdeq_mm.deq`.
 
-The core's own parts are registered here; those of a user by ``@TASK_UTILS.register_module()``.
+The core's parts are registered here; a user registers more by ``@TASK_UTILS.register_module()``.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ def build_part(cfg: Mapping[str, Any] | T, kind: type[T]) -> T:
     """The solver, gradient, start or regularizer a config describes.
 
     Args:
-        cfg (dict | object): ``dict(type=NAME, **options)``, or an instance, which is returned.
-            Options that are such dicts themselves, as a gradient's solver, become parts, too.
-        kind (type): What it has to be, e.g. :class:`~mdeq_mm.deq.Solver`. Every registered
-            subclass is a valid choice, those of a user's ``custom_imports`` included.
+        cfg (dict | object): ``dict(type=NAME, **options)``, or an instance, which is returned. A
+            ``solver`` among the options, as of a gradient, is built likewise.
+        kind (type): The wanted base class, e.g. :class:`~mdeq_mm.deq.Solver`. Every registered
+            subclass is valid, including those of a user's ``custom_imports``.
 
     Raises:
-        TypeError: ``cfg`` is no dict with a type, or has an option that the class has not.
-        ValueError: The type is no such part, or an option has a value it cannot have.
+        TypeError: ``cfg`` is not a dict with a type, or has an option that the class lacks.
+        ValueError: The type is not such a part, or an option has an invalid value.
     """
     if isinstance(cfg, kind):
         return cfg
@@ -56,7 +56,7 @@ def build_part(cfg: Mapping[str, Any] | T, kind: type[T]) -> T:
         if key == 'solver':
             options[key] = build_part(value, deq.Solver)
         elif isinstance(value, list):
-            # What a config file or the command line has for a pair.
+            # Config files and the command line give a pair as a list.
             options[key] = tuple(value)
     return cls(**options)
 
@@ -70,20 +70,20 @@ def build_implicit(
     regularizer: Mapping[str, Any] | deq.JacobianRegularizer | None = None,
     **options: Any,
 ) -> deq.ImplicitLayer:
-    """An :class:`~mdeq_mm.deq.ImplicitLayer` of configs, for a module of one's own.
+    """An :class:`~mdeq_mm.deq.ImplicitLayer` built from configs, for a user's own module.
 
     Args:
         solver (dict | Solver): Finds the equilibrium.
-        gradient (dict | Gradient): Carries gradients past it.
+        gradient (dict | Gradient): Carries gradients through it.
         start (dict | ZeroStart): Where a solve begins.
-        eval_solver (dict | Solver, optional): Options of ``solver`` that differ in evaluation
-            mode, as ``dict(max_iter=18)``. A ``type`` among them replaces the solver whole.
+        eval_solver (dict | Solver, optional): Options of ``solver`` that differ in evaluation mode,
+            such as ``dict(max_iter=18)``. With a ``type`` among them it is a solver of its own.
         regularizer (dict | JacobianRegularizer, optional): A penalty in training.
         options: The other options of ``ImplicitLayer``.
     """
     solver = build_part(solver, deq.Solver)
     if isinstance(eval_solver, Mapping) and 'type' not in eval_solver:
-        # Jitter is for training, and would have to hold the other max_iter.
+        # Jitter is for training only, and its range might exclude the other max_iter.
         eval_solver = solver.replace(**{'jitter': None, **eval_solver})
     elif eval_solver is not None:
         eval_solver = build_part(eval_solver, deq.Solver)

@@ -1,6 +1,6 @@
-"""What MM's Runner makes of a config, read off the built objects in plain values.
+"""The objects that MM's Runner builds from a config, described by plain values.
 
-No data set has to be there: data sets hold one generated image, and parameters have no storage.
+No data set is needed: data sets hold one generated image, and parameters have no storage.
 """
 
 import copy
@@ -59,7 +59,7 @@ _FCN_HEAD = (
     'align_corners',
     'loss_decode',
 )
-# What is told of an object, by the name of its class.
+# Attributes that describe an object, by the name of its class.
 _TOLD = {
     # Solvers, gradients, penalties.
     'Anderson': (*_QUASI_NEWTON, 'damping'),
@@ -163,7 +163,7 @@ def tell(part: Any) -> dict[str, Any]:
         try:
             told[name.strip('_')] = plain(attrgetter(name)(part))
         except AttributeError:
-            # What a class of the same name in another project has not.
+            # Attributes that a class of the same name in another project lacks.
             continue
     return told
 
@@ -190,7 +190,7 @@ class _NoStorage(TorchFunctionMode):
 
 
 class ConfigRunner(Runner):
-    """A Runner that builds everything a training starts with, and needs no data for it."""
+    """A Runner that builds everything training starts with, without data."""
 
     image: Path
 
@@ -221,7 +221,7 @@ class ConfigRunner(Runner):
         return super().build_evaluator(evaluator)
 
     def dump_config(self) -> None:
-        """Nobody reads the file, or what ``_log_env`` finds out."""
+        """Nobody reads the file or the output of ``_log_env``."""
 
     def _log_env(self, env_cfg: dict) -> None:
         pass
@@ -260,7 +260,7 @@ def write_image(path: Path, picture: np.ndarray) -> Path:
 
 
 def measure(cfg: Config, folder: Path) -> dict[str, dict[str, Any]]:
-    """Build the Runner of a config and read off what it holds.
+    """Build the Runner of a config and describe its parts.
 
     Args:
         cfg: The config.
@@ -289,7 +289,7 @@ def measure(cfg: Config, folder: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def built(cfg: Config) -> Iterator[ConfigRunner]:
-    """Build a Runner in the scope of its config; nothing of it stays in the process."""
+    """Build a Runner in the scope of its config, and leave no global state behind."""
     managers = (MMLogger, MessageHub, DefaultScope, Visualizer)
     before = [(manager, manager._instance_dict.copy()) for manager in managers]
     cudnn_benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
@@ -315,7 +315,7 @@ class BackboneAlone(nn.Module):
 
 
 def measure_core(cfg: Config, folder: Path) -> dict[str, Any]:
-    """``measure`` without what only the project has that a config is for: it need not be there.
+    """``measure`` without the parts that need the config's own project, which may be missing.
 
     Returns:
         dict: The sections backbone and training, and the hooks.
@@ -574,7 +574,7 @@ def _dataset(dataset: Any) -> dict[str, Any]:
 
 
 def _inputs(runner: Runner, loader: Any, training: bool) -> tuple[torch.Tensor, list]:
-    """What enters the net for the first image of a loader: (1, 3, H, W), and its data sample."""
+    """The input of the net for the first image of a loader, (1, 3, H, W), and its data sample."""
     batch = loader.collate_fn([loader.dataset[0]])
     data = runner.model.data_preprocessor(batch, training)
     return data['inputs'], data['data_samples']

@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures for every test."""
 
 import pytest
 import torch
@@ -21,5 +21,5 @@ def plain_config_dump(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch):
-    """What tools set for their whole process does not reach the next test."""
+    """Settings that tools make for their whole process do not affect the next test."""
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)

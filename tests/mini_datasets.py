@@ -9,7 +9,7 @@ import numpy as np
 def write_cityscapes(
     root: Path, size: tuple[int, int] = (64, 128), num_train: int = 3, num_val: int = 2
 ) -> Path:
-    """Write pictures of coloured stripes named and placed as Cityscapes' are.
+    """Write images of coloured stripes, named and placed like those of Cityscapes.
 
     Args:
         root: The folder that stands for ``data/cityscapes``.

@@ -1,4 +1,4 @@
-"""Fixed-point problems whose solutions are known, for any solver and gradient to be held to."""
+"""Fixed-point problems with known solutions, to test any solver and gradient against."""
 
 import math
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""What every config is to be: the paper's recipes and ours, written down a second time.
+"""What every config should be: the paper's recipes and ours, written down a second time.
 
-The values stand here once more on purpose, from the paper, from what its authors released and from
+The values are repeated here on purpose, from the paper, from what its authors released and from
 publications since; ``test_configs.py`` compares them with what MM's Runner builds. Whoever changes
 a recipe changes it in both places.
 

@@ -1,4 +1,4 @@
-"""Two threads whose order is fixed: one stands still inside f while the other does its work."""
+"""Two threads in a fixed order: one pauses inside f while the other runs."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-# Only a test that fails waits so long.
+# Only a failing test waits this long.
 _LIMIT = 60
 
 
@@ -39,7 +39,7 @@ def standing_in(module: nn.Module, call: Callable[[], Any], visit: int = 1) -> I
     handle = module.register_forward_pre_hook(gate)
     with ThreadPoolExecutor(1, thread_name_prefix='standing') as pool:
         future = pool.submit(call)
-        # A call that fails before it comes there is not waited for.
+        # A call that fails before that point is not waited for.
         future.add_done_callback(lambda _: inside.set())
         try:
             assert inside.wait(_LIMIT) and not future.done(), 'the call never came to the module'

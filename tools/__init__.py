@@ -1,1 +1,1 @@
-"""The command-line tools, a script each; a package so that tests import them."""
+"""The command-line tools, one script each; a package so that tests can import them."""

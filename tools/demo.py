@@ -1,7 +1,7 @@
-"""Train a small MDEQ on the digit scenes, evaluate it and paint what it sees.
+"""Train a small MDEQ on the digit scenes, evaluate it and show its predictions.
 
-Does what one would do by hand: dataset_converters/digit_scenes.py, then train.py with
-configs/mdeq_demo_digit_scenes.py. The picture shows scene, truth and prediction side by side.
+The same by hand: dataset_converters/digit_scenes.py, then train.py with
+configs/mdeq_demo_digit_scenes.py. The figure shows scene, ground truth and prediction side by side.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def predict(runner: Runner, count: int) -> list[tuple[np.ndarray, np.ndarray, np
     """Run the model on ``count`` scenes spread over the validation set.
 
     Returns:
-        For each the picture (H, W, 3) RGB uint8, the true and the predicted labels (H, W).
+        For each, the image (H, W, 3) RGB uint8, the true and the predicted labels (H, W).
     """
     dataset = runner.val_dataloader.dataset
     runner.model.eval()
@@ -51,7 +51,7 @@ def predict(runner: Runner, count: int) -> list[tuple[np.ndarray, np.ndarray, np
 
 
 def paint(rows: list, classes: tuple, palette: list, path: Path) -> None:
-    """Write the rows of picture, truth and prediction with a legend of the classes."""
+    """Write the rows of image, ground truth and prediction, with a legend of the classes."""
     colours = np.array(palette, dtype=np.uint8)
     figure = Figure(figsize=(6.6, 2.1 * len(rows) + 0.9), layout='constrained')
     axes = figure.subplots(len(rows), 3, squeeze=False)
@@ -70,7 +70,7 @@ def paint(rows: list, classes: tuple, palette: list, path: Path) -> None:
 
 
 def main() -> None:
-    """Build the data, train, evaluate, paint."""
+    """Build the data, train, evaluate, and write the figure."""
     args = parse_args()
     converter = TOOLS / 'dataset_converters' / 'digit_scenes.py'
     subprocess.run([sys.executable, str(converter), args.data_root], check=True)
@@ -82,7 +82,7 @@ def main() -> None:
     paint(predict(runner, count=6), metainfo['classes'], metainfo['palette'], path)
     scenes = len(runner.val_dataloader.dataset)
     print(f'mIoU on {scenes} validation scenes: {metrics["mIoU"]:.1f}')
-    print(f'picture (image | ground truth | prediction): {path}')
+    print(f'predictions (image | ground truth | prediction): {path}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint by a config of mmsegmentation or mmpretrain."""
+"""Evaluate a checkpoint with a config of mmsegmentation, mmpretrain or mmdetection."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         help='segmentation: folder for the predicted label maps; classification: file for the '
-        'results, *.pkl for predictions',
+        'results, *.pkl for predictions (default: not written)',
     )
     parser.add_argument(
         '--out-item',
@@ -43,18 +43,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='classification: what goes into --out (default: pred)',
     )
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='folder for painted predictions')
+    parser.add_argument('--show-dir', help='folder for images of the predictions (default: none)')
     parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show shows a picture for'
+        '--wait-time', type=float, default=2, help='seconds that --show shows an image'
     )
     parser.add_argument(
-        '--interval', type=int, default=1, help='classification: paint every so many pictures'
+        '--interval', type=int, default=1, help='classification: show every N-th image'
     )
     parser.add_argument(
         '--tta',
         action='store_true',
         help='test-time augmentation by tta_pipeline and tta_model of the config; '
-        'classification without them averages over a flip',
+        'without them a classification config averages over a flip',
     )
     add_run_arguments(parser)
     args = parser.parse_args(argv)
@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(cfg: Config, args: argparse.Namespace) -> None:
-    """Refuse flags that mean nothing for this config.
+    """Refuse flags that this config cannot use.
 
     Raises:
         ValueError: Names the flag and the remedy.
@@ -91,7 +91,9 @@ def check_flags(cfg: Config, args: argparse.Namespace) -> None:
             f'--show, --show-dir: {args.config} has no default_hooks.visualization; add it'
         )
     if args.tta and scope == 'mmpretrain':
-        raise ValueError("--show, --show-dir: mmpretrain's hook cannot paint with --tta; choose")
+        raise ValueError(
+            "--show, --show-dir: mmpretrain's hook does not work with --tta; use one of them"
+        )
 
 
 def set_painting(cfg: Config, args: argparse.Namespace) -> None:
@@ -111,16 +113,16 @@ def set_map_folder(cfg: Config, folder: str) -> None:
     evaluators = cfg.test_evaluator
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     for evaluator in evaluators:
-        # Another metric beside it, say of a second task, has no maps to write.
+        # Other metrics, such as those of a second task, have no maps to write.
         if evaluator.type.endswith('IoUMetric'):
             evaluator.output_dir = folder
 
 
 def set_tta(cfg: Config) -> None:
-    """Wrap the model and exchange the pipeline for test-time augmentation.
+    """Wrap the model and replace the pipeline, for test-time augmentation.
 
     Raises:
-        ValueError: If a segmentation config lacks what it takes.
+        ValueError: If a segmentation config lacks tta_pipeline or tta_model.
     """
     if cfg.default_scope == 'mmpretrain':
         cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
@@ -155,7 +157,7 @@ def prepare(args: argparse.Namespace) -> Config:
     set_dataloader_defaults(cfg, not args.no_pin_memory)
     merge_options(cfg, args.cfg_options)
     check_scales(cfg.model)
-    # After the options: they name the parts of the model as the config has them.
+    # After the options, which name the parts of the model as they are in the config.
     if args.tta:
         set_tta(cfg)
     fit_to_machine(cfg)

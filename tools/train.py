@@ -1,4 +1,4 @@
-"""Train a model from a config of mmsegmentation or mmpretrain."""
+"""Train a model from a config of mmsegmentation, mmpretrain or mmdetection."""
 
 import argparse
 import os
@@ -33,8 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without a value from the latest whole one in the '
-        'work_dir; from the beginning where there is none',
+        help='resume from this checkpoint; without a value, from the latest undamaged one in the '
+        'work_dir, or from the beginning if there is none',
     )
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     parser.add_argument(
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def enable_amp(cfg: Config) -> None:
-    """Exchange the optimizer wrapper for the one of mixed precision.
+    """Replace the optimizer wrapper by the one for mixed precision.
 
     Raises:
         ValueError: If the machine or the config's wrapper does not allow it.
@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace) -> Config:
     fit_to_machine(cfg)
     if cfg.get('resume') and cfg.get('load_from') is None:
         cfg.load_from = find_resumable_checkpoint(cfg.work_dir)
-        # With nothing there to go on from, training starts at the beginning.
+        # Without a checkpoint to resume from, training starts at the beginning.
         cfg.resume = cfg.load_from is not None
     else:
         check_checkpoint(cfg.get('load_from'))

@@ -51,10 +51,10 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a wrong argument, file or setting into one line and exit status 1.
 
-    Only for the preparation: an error out of the training itself keeps its traceback.
+    Only for the preparation: an error raised by the training itself keeps its traceback.
 
     Args:
-        program: Name of the tool, which begins the line.
+        program: Name of the tool, printed at the start of the line.
     """
     try:
         yield

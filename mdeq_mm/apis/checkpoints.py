@@ -13,10 +13,10 @@ from ..compat import UnsafeCheckpointError, verify_checkpoint
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Check a checkpoint file before anything is built; an address is left to the Runner.
+    """Check a checkpoint file before anything is built; a URL is left to the Runner.
 
     Args:
-        path: A file, an address such as ``https://...``, or None, which is no checkpoint.
+        path: A file, a URL such as ``https://...``, or None for no checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -31,7 +31,7 @@ def check_checkpoint(path: str | None) -> None:
 
 
 def pretrained_files(node: Any) -> Iterator[str]:
-    """Give the files that ``init_cfg=dict(type='Pretrained', ...)`` anywhere in a model names."""
+    """Yield the files named by ``init_cfg=dict(type='Pretrained', ...)`` anywhere in a model."""
     if isinstance(node, dict):
         if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
             yield node['checkpoint']
@@ -48,14 +48,15 @@ def find_resumable_checkpoint(work_dir: str) -> str | None:
         work_dir: Folder of the interrupted run. Its file ``last_checkpoint`` names the latest.
 
     Returns:
-        Path of an undamaged checkpoint; None if the folder has none and names none.
+        Path of an undamaged checkpoint; None if the folder neither has nor names one.
 
     Raises:
         UnsafeCheckpointError: If loading the latest could run code.
-        ValueError: If the latest is damaged and there is no other; names it and the remedy.
+        ValueError: If the latest is damaged and there is no other. The message names the file and
+            the remedy.
     """
     latest = find_latest_checkpoint(work_dir) or None
-    damage = 'The run broke off before it named its latest checkpoint in last_checkpoint.'
+    damage = 'The run stopped before it named its latest checkpoint in last_checkpoint.'
     if latest is not None:
         try:
             check_checkpoint(latest)
@@ -80,18 +81,18 @@ def find_resumable_checkpoint(work_dir: str) -> str | None:
 
 
 def _resumable_iteration(path: str) -> int | None:
-    """Iteration a training can go on from with this file; None if it cannot."""
+    """The iteration that training can resume from with this file; None if it cannot."""
     try:
         content = verify_checkpoint(path)
     except (ValueError, UnsafeCheckpointError):
         return None
-    # What save_best keeps are weights alone.
+    # A file of save_best holds weights only.
     resumable = {'state_dict', 'optimizer', 'message_hub', 'meta'} <= content.keys()
     return content['meta'].get('iter') if resumable else None
 
 
 def _checkpoints_in(folders: set[str]) -> list[str]:
-    """Checkpoint files, those of the highest epoch or iteration in their name first."""
+    """Checkpoint files, sorted by the epoch or iteration in their name, highest first."""
 
     def number(path: Path) -> int:
         found = re.findall(r'\d+', path.stem)

@@ -13,8 +13,8 @@ from mmengine.logging import print_log
 from ..compat import force_safe_loading
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-# Names at the top of a config that its data loaders and preprocessor were made from, and the keys
-# under which the value went in.
+# Top-level names of a config from which its data loaders and preprocessor were made, and the keys
+# that received the value.
 _SHARED_VALUES = dict(data_root=('data_root',), crop_size=('crop_size', 'size'))
 
 
@@ -24,7 +24,7 @@ def load_config(
     launcher: str = 'none',
     options: dict[str, Any] | None = None,
 ) -> Config:
-    """Read a config and settle its ``work_dir`` and ``launcher``.
+    """Read a config and set its ``work_dir`` and ``launcher``.
 
     From here on, this process loads checkpoints as plain data only.
 
@@ -33,7 +33,7 @@ def load_config(
         work_dir: Folder for logs and results. By default the config's own, else
             ``work_dirs/NAME``.
         launcher: What started the processes: none, pytorch, slurm or mpi.
-        options: Of ``--cfg-options``, for a tool without flags that they have to win over.
+        options: The ``--cfg-options``, for a tool that has no other flags which set config values.
 
     Raises:
         FileNotFoundError: If there is no such config.
@@ -52,14 +52,14 @@ def load_config(
 
 
 def dataloaders(cfg: Config) -> list[ConfigDict]:
-    """Give the settings of the data loaders a config has."""
+    """The settings of the data loaders that a config has."""
     return [cfg[name] for name in DATALOADERS if cfg.get(name) is not None]
 
 
 def set_dataloader_defaults(
     cfg: Config, pin_memory: bool = True, persistent_workers: bool = True
 ) -> None:
-    """Fill in what mmsegmentation's and mmpretrain's own tools give to every data loader.
+    """Fill in the defaults of mmsegmentation's and mmpretrain's own tools for every data loader.
 
     Args:
         cfg: The config, changed in place.
@@ -80,9 +80,9 @@ def set_dataloader_defaults(
 def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
     """Apply ``--cfg-options``, the last word on every setting.
 
-    A config's data loaders are made from ``data_root`` and ``crop_size`` when it is read, so that
-    a later change of these names alone would change nothing. Here it reaches every place that
-    still has the old value, unless another option names that place.
+    A config's data loaders are made from ``data_root`` and ``crop_size`` when it is read, so
+    changing these names later would have no effect by itself. Here the new value replaces the old
+    one everywhere it still stands, except where another option names the place.
 
     Args:
         cfg: The config, changed in place.
@@ -116,7 +116,7 @@ def _replace(node: Any, keys: tuple[str, ...], old: Any, new: Any) -> None:
 
 
 def fit_to_machine(cfg: Config) -> None:
-    """Adapt settings made for GPUs to a machine without one, and torch's own conditions.
+    """Adapt settings made for GPUs to a machine without one, and to what torch allows.
 
     On one process the Runner itself turns SyncBN into BN. Across processes on CPUs nothing does,
     and PyTorch has no SyncBN there: each process then normalizes by its own batch.
@@ -153,5 +153,5 @@ def fit_to_machine(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
-    # The Runner by itself gives each process the GPU of its rank.
+    # By default the Runner gives each process the GPU of its rank.
     cfg.setdefault('model_wrapper_cfg', default_wrapper).device_ids = None

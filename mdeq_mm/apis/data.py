@@ -1,4 +1,4 @@
-"""Data sets looked for before anything is built."""
+"""Check that data sets exist before anything is built."""
 
 import inspect
 import os
@@ -10,14 +10,14 @@ from mmengine.registry import DATASETS, init_default_scope
 
 
 def check_data(cfg: Config, names: tuple[str, ...]) -> None:
-    """Look for the data sets before anything is built.
+    """Check that the data sets exist before anything is built.
 
     Args:
         cfg: The config, options merged.
         names: The data loaders that will be used.
 
     Raises:
-        FileNotFoundError: If a folder does not exist; names it and the remedy.
+        FileNotFoundError: If a folder does not exist. The message names it and the remedy.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     for name in names:
@@ -27,7 +27,7 @@ def check_data(cfg: Config, names: tuple[str, ...]) -> None:
 
 
 def dataset_class(dataset: dict) -> Any:
-    """The class a data set's config names; None where no project that is imported has it."""
+    """The class that a data set's config names; None if no imported project has it."""
     kind = dataset.get('type')
     if isinstance(kind, str):
         with DATASETS.switch_scope_and_registry(None) as registry:
@@ -36,7 +36,7 @@ def dataset_class(dataset: dict) -> Any:
 
 
 def _datasets_in(node: Any) -> Iterator[dict]:
-    """Give every data set inside the wrappers (repeated, concatenated, ...)."""
+    """Yield every data set inside wrappers (repeated, concatenated, ...)."""
     if isinstance(node, (list, tuple)):
         for item in node:
             yield from _datasets_in(item)
@@ -65,7 +65,7 @@ def _check_dataset(name: str, dataset: dict) -> None:
 
 
 def _downloads(dataset: dict) -> bool:
-    """Tell whether the data set's class downloads missing data by itself."""
+    """Whether the data set's class downloads missing data by itself."""
     kind = dataset_class(dataset)
     if not inspect.isclass(kind):
         return False

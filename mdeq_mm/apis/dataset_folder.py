@@ -1,4 +1,4 @@
-"""Writing a data set's folder so that it is either complete or not there."""
+"""Write a data set's folder so that it is either complete or absent."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ MANIFEST = 'manifest.json'
 
 
 def is_built(out_dir: Path, manifest: dict) -> bool:
-    """Tell whether ``out_dir`` holds a complete data set made with these very arguments.
+    """Whether ``out_dir`` holds a complete data set made with exactly these arguments.
 
     Args:
         out_dir: The data set's folder.
@@ -24,12 +24,12 @@ def is_built(out_dir: Path, manifest: dict) -> bool:
 
 
 def write_dataset(out_dir: Path, manifest: dict, write: Callable[[Path], None]) -> bool:
-    """Write a data set beside its place, then move it there in one step.
+    """Write a data set into a temporary folder, then move it into place in one step.
 
     Args:
-        out_dir: Where the data set shall be.
-        manifest: The arguments it is made with, stored in it. A folder that has them already is
-            kept as it is.
+        out_dir: Where the data set goes.
+        manifest: The arguments it is made with, stored with it. A folder already made with them is
+            left as it is.
         write: Writes the data set into the folder it is given.
 
     Returns:
@@ -53,7 +53,7 @@ def write_dataset(out_dir: Path, manifest: dict, write: Callable[[Path], None]) 
         write(unfinished)
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (unfinished / MANIFEST).write_text(text + '\n', encoding='utf-8')
-        # mkdtemp makes a folder for its owner alone; data sets are usually shared.
+        # mkdtemp makes a folder that only its owner can read; data sets are usually shared.
         unfinished.chmod(0o755)
         if out_dir.exists():
             shutil.rmtree(out_dir)

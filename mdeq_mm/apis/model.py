@@ -26,18 +26,18 @@ def build_model(cfg: Config) -> nn.Module:
 def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
     """Build the model of a config and load a checkpoint, if one is given.
 
-    Classes and palette, where they are known, are ``model.dataset_meta``: those the checkpoint
-    carries, else those of the test data set.
+    ``model.dataset_meta`` holds classes and palette where they are known: those of the checkpoint,
+    else those of the test data set.
 
     Args:
         cfg: The config, options merged.
-        checkpoint: A file, or None for the weights of the initialization.
+        checkpoint: A file, or None to keep the initial weights.
         device: Where the model goes.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         UnsafeCheckpointError: If loading it could run code.
-        ValueError: If it cannot be read, or does not hold every weight of this model.
+        ValueError: If it cannot be read, or lacks weights of this model.
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
@@ -46,24 +46,24 @@ def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
         try:
             content = load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
         except RuntimeError as error:
-            raise ValueError(f'{checkpoint} is not of this config: {error}') from error
+            raise ValueError(f'{checkpoint} does not fit this config: {error}') from error
         meta = content.get('meta') or {}
     model.dataset_meta = meta.get('dataset_meta') or _dataset_meta(cfg)
     return model.to(device)
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
-    """Classes and palette as the config's test data set states them; empty where it does not."""
+    """Classes and palette of the config's test data set; empty if it states none."""
     dataset = cfg.test_dataloader.dataset
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The model's MDEQBackbone, or a module of one's own with the same face.
+    """The model's MDEQBackbone, or a user's module with the same interface.
 
-    That is ``problem(x)`` for a batch of images, an ImplicitLayer named ``implicit`` and an f named
-    ``cell``.
+    The interface is ``problem(x)`` for a batch of images, an ImplicitLayer named ``implicit`` and
+    an f named ``cell``.
 
     Raises:
         ValueError: If there is none, or several.
@@ -84,13 +84,13 @@ def find_backbone(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluations_allowed(layer: ImplicitLayer, count: int) -> Iterator[None]:
-    """Let a layer in evaluation mode spend ``count`` evaluations of f, then put it back.
+    """Let a layer in evaluation mode spend ``count`` evaluations of f; restore its solver on exit.
 
-    For an unrolled net they are its layers.
+    For an unrolled net ``count`` is the number of layers.
 
     Args:
         layer: The layer.
-        count: Evaluations its solver may spend; the one that follows a solve is not among them.
+        count: Evaluations its solver may spend, not counting the one that follows the solve.
     """
     solver, layers = layer.eval_solver, layer.unrolled_layers
     if layers:

@@ -8,7 +8,7 @@ def check_scales(model: dict) -> None:
         model: The model's config.
 
     Raises:
-        ValueError: If they disagree, which MM would notice in the first iteration only.
+        ValueError: If they disagree, which MM would notice only in the first iteration.
     """
     backbone = model.get('backbone') or {}
     channels, out_indices = backbone.get('channels'), backbone.get('out_indices')

@@ -1,4 +1,4 @@
-"""What each evaluation of f buys: metrics by the number of them, and how far f contracts."""
+"""Metrics by the number of evaluations of f, and how strongly f contracts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,19 +30,19 @@ def sweep_evaluations(
 ) -> list[dict[str, float]]:
     """Metrics of a model by the evaluations of f that its solver may spend.
 
-    Each batch is solved once, with the largest count: what a solver returns after fewer is the best
-    iterate until then, since its steps do not depend on how many will follow. No sample stops
-    early, and the numbers are those of testing once for each ``max_iter`` at ``tol=0``.
+    Each batch is solved once, with the largest count. After fewer evaluations a solver would return
+    the best iterate so far, because its steps do not depend on how many follow. No sample stops
+    early, so the numbers equal those of one test run for each ``max_iter`` at ``tol=0``.
 
     Args:
         model (nn.Module): A model of OpenMMLab with one implicit layer.
         loader: The batches, as ``model.test_step`` takes them.
-        build_evaluator: Gives a new evaluator for each count.
+        build_evaluator: Makes a new evaluator; called once for each count.
         counts (Sequence[int]): Evaluations of f, each at least 1.
 
     Returns:
-        list: For each count, in rising order, a dict of ``evaluations``, ``residual`` (the relative
-        one, mean over the samples) and the metrics.
+        list: For each count, in ascending order, a dict of ``evaluations``, ``residual`` (relative,
+            mean over the samples) and the metrics.
 
     Raises:
         ValueError: If the model has no implicit layer or several, or unrolls its layers.
@@ -52,13 +52,13 @@ def sweep_evaluations(
     solver = _evaluating(layer, max(counts))
     snapshots = _Snapshots(solver, counts)
     evaluators = {count: build_evaluator() for count in counts}
-    # The layer's own solve is as short as can be: its result is not used.
+    # The layer's own solve is as short as possible: its result is not used.
     with _watched(model, layer, solver.replace(max_iter=1), snapshots):
         for batch in loader:
             snapshots.new_batch()
             for count in counts:
                 snapshots.count = count
-                # A model may write into the batch that it is given.
+                # A model may modify the batch it is given.
                 outputs = model.test_step(deepcopy(batch))
                 evaluators[count].process(data_samples=outputs, data_batch=batch)
     size = snapshots.samples
@@ -86,7 +86,7 @@ def spectral_radii(
         iterations (int): Vector-Jacobian products of the power iteration.
 
     Returns:
-        Tensor: (N,) of all samples together.
+        Tensor: (N,), one value a sample of the data set.
 
     Raises:
         ValueError: If the model has no implicit layer or several, or unrolls its layers.
@@ -128,10 +128,10 @@ def _evaluating(layer: ImplicitLayer, evaluations: int | None) -> Solver:
 def _watched(
     model: nn.Module, layer: ImplicitLayer, solver: Solver, watch: Callable[[Problem, Any], Any]
 ) -> Iterator[None]:
-    """Give every problem of ``layer``, solved from zeros by ``solver``, to ``watch``.
+    """Pass every problem of ``layer``, solved from zeros by ``solver``, to ``watch``.
 
-    What ``watch`` returns, unless it is None, is what the layer gives. The model is in evaluation
-    mode meanwhile and as before afterwards.
+    If ``watch`` returns something other than None, the layer returns that. The model is in
+    evaluation mode inside the block; its mode is restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
     kept = layer.eval_solver, layer.start
@@ -150,7 +150,7 @@ def _watched(
 
 
 class _Snapshots:
-    """Solves a batch once and gives f of the best iterate at ``count`` evaluations."""
+    """Solves a batch once and returns f of the best iterate at ``count`` evaluations."""
 
     def __init__(self, solver: Solver, counts: Sequence[int]) -> None:
         self.solver, self.counts, self.count = solver, counts, max(counts)
@@ -174,7 +174,7 @@ class _Snapshots:
 
 
 class _BestOf:
-    """f that keeps its value at the iterate of smallest residual, after so many calls each."""
+    """Wraps f and keeps, for each count, its value at the iterate of smallest residual so far."""
 
     def __init__(self, f: Problem, counts: Sequence[int]) -> None:
         self.f, self.counts = f, counts
@@ -200,5 +200,6 @@ class _BestOf:
 
     def snapshots(self) -> dict[int, tuple[Tensor, Tensor]]:
         """f at the best iterate and its residual, for every count."""
-        # A solve that ended before, every sample solved or diverged, has no better one later.
+        # A solve that ended earlier, with every sample solved or diverged, has no better iterate
+        # later.
         return {count: self._kept.get(count, (self.out, self.residual)) for count in self.counts}

@@ -1,6 +1,6 @@
 """``python -m mdeq_mm.check``: what is installed, doubled or missing, and the command to fix it.
 
-It answers in a broken environment as well, so nothing is imported here that could be missing.
+It also works in a broken environment, so nothing that could be missing is imported here.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from ..compat import (
 )
 from ..version import __version__
 
-# What needs the packages that the configs of this project use.
+# What each package is needed for.
 _USED_FOR = {
     'mmengine': 'mdeq_mm itself',
     'mmcv': 'mdeq_mm itself',
@@ -44,7 +44,7 @@ def _state(package: Package) -> str:
 
 
 def table() -> list[str]:
-    """A line for each package: its distribution and version, or that it is missing."""
+    """One line for each package: its distribution and version, or that it is missing."""
     rows = [('mdeq_mm', __version__)]
     for name in ('torch', 'torchvision', 'numpy'):
         rows.append((name, installed_version(name) or 'missing'))
@@ -53,7 +53,7 @@ def table() -> list[str]:
 
 
 def optional_commands() -> list[str]:
-    """How to get what some configs need and this environment lacks."""
+    """Commands that install what some configs need and this environment lacks."""
     lines = []
     upstream = any(not n.startswith('onedl-') for p in PACKAGES for n in installed_of(p))
     present = [package for package in PACKAGES if can_import(package.module)]
@@ -61,25 +61,25 @@ def optional_commands() -> list[str]:
         if package not in present and not package.required:
             wanted = package.upstream[0] if upstream else package.onedl
             lines.append(f'To use {_USED_FOR[package.module]}: pip install {wanted}')
-    # The forks' mmsegmentation does without the operators.
+    # The forks' mmsegmentation does not need the operators.
     needy = [p for p in present if p.module == 'mmdet' or (upstream and p.module == 'mmseg')]
     if needy and not has_operators():
         lines.append(
             f"{' and '.join(p.module for p in needy)} cannot be used without mmcv's compiled "
-            f'operators. It compiles, for up to an hour a core: {operators_command()}'
+            f'operators. Compiling them takes up to an hour on one core: {operators_command()}'
         )
     return lines
 
 
 def import_error() -> tuple[str, Exception] | None:
-    """The first module that cannot be imported though it is there, and what it says."""
+    """The first module that is installed but cannot be imported, and its error."""
     optional = [p.module for p in PACKAGES if not p.required and can_import(p.module)]
     parts = [f'mdeq_mm.{part}' for part in ('hooks', 'layers', 'models')]
     for module in ('numpy', 'torch', 'mmengine', 'mmcv', *parts, *optional):
         try:
             importlib.import_module(module)
-        except Exception as error:  # some check versions by assert
-            # What failed inside the package, rather than its advice to run this check.
+        except Exception as error:  # some packages check versions by assert
+            # The cause inside the package, not its advice to run this check.
             return module, error.__cause__ or error if module in parts else error
     return None
 
@@ -93,14 +93,14 @@ def main() -> int:
     print('\n'.join(table()))
     problem = find_problem()
     if problem:
-        print(f'\n{problem.what}.\nMend it with: {problem.command}')
+        print(f'\n{problem.what}.\nFix it with: {problem.command}')
         if not has_openmmlab() and can_import('torch'):
-            print('Without them mdeq_mm.deq works, the solvers and gradients for any f of torch.')
+            print('mdeq_mm.deq works without them: solvers and gradients for any f in PyTorch.')
         return 1
     failed = import_error()
     if failed:
         module, error = failed
-        print(f'\n{module} is there but cannot be imported: {type(error).__name__}: {error}')
+        print(f'\n{module} is installed but cannot be imported: {type(error).__name__}: {error}')
         return 1
     for line in optional_commands():
         print(line)

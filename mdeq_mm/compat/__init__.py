@@ -1,4 +1,4 @@
-"""All that depends on the versions of other packages: one file a subject.
+"""Everything that depends on the versions of other packages, one file per subject.
 
 Nothing here imports torch or OpenMMLab before it is called.
 """
@@ -9,7 +9,7 @@ from .loading import (
     force_safe_loading,
     verify_checkpoint,
 )
-from .patches import allow_repeated_backward, mend_class_weights, mend_config_lookup
+from .patches import allow_repeated_backward, patch_class_weights, patch_config_lookup
 from .stack import (
     PACKAGES,
     Package,
@@ -39,8 +39,8 @@ __all__ = [
     'has_operators',
     'installed_of',
     'installed_version',
-    'mend_class_weights',
-    'mend_config_lookup',
+    'patch_class_weights',
+    'patch_config_lookup',
     'operators_command',
     'verify_checkpoint',
 ]

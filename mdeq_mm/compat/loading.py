@@ -1,4 +1,4 @@
-"""Checkpoints are plain data: loading one runs no code that it brings."""
+"""Checkpoints are plain data: loading one never runs code from the file."""
 
 import os
 import pickle
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class UnsafeCheckpointError(RuntimeError):
-    """A checkpoint names a Python object that loading it would have to run."""
+    """A checkpoint names a Python object that loading would have to run."""
 
 
 def _history_method(owner: Any, name: str) -> Callable:
-    """Stands for ``getattr`` while a checkpoint is loaded: a method of HistoryBuffer, nothing else.
+    """Replaces ``getattr`` while a checkpoint is loaded: returns methods of HistoryBuffer only.
 
     mmengine's log history pickles its statistics as ``getattr(HistoryBuffer, 'mean')``. The real
-    ``getattr`` would hand a hostile file every attribute of every object it can name.
+    ``getattr`` would give a hostile file every attribute of every object it can name.
     """
     from mmengine.logging.history_buffer import HistoryBuffer
 
@@ -25,12 +25,12 @@ def _history_method(owner: Any, name: str) -> Callable:
 
 
 def _mm_globals() -> list[tuple[Any, str]]:
-    """What a checkpoint of mmengine's Runner names beyond torch's own list, as (object, name).
+    """What a checkpoint of mmengine's Runner names beyond torch's own allow list, as (object,
+    name).
 
-    Names are given explicitly: numpy 1 pickles say ``numpy.core``, those of numpy 2
-    ``numpy._core``, and either must load under either. Also, mmengine allows some of the same
-    objects by themselves for the time of its own loads and removes them after; a pair is another
-    entry and stays.
+    Names are given explicitly: pickles of numpy 1 say ``numpy.core``, those of numpy 2
+    ``numpy._core``, and both must load under both. Also, mmengine allows some of the same objects
+    during its own loads and removes them afterwards; a pair is a separate entry and stays.
     """
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
@@ -59,8 +59,8 @@ def _mm_globals() -> list[tuple[Any, str]]:
 def allow_mm_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read what mmengine saves: log history, numpy numbers.
 
-    Holds for the whole process and may be called again. Each entry builds plain data: none of
-    them can run code that a file brings.
+    Applies to the whole process and may be called again. Each entry builds plain data: none of them
+    can run code from a file.
     """
     import torch
 
@@ -70,8 +70,8 @@ def allow_mm_globals() -> None:
 def force_safe_loading() -> None:
     """Make every ``torch.load`` of this process, mmengine's too, refuse what is not plain data.
 
-    mmengine's loader (OneDL) answers a refused file by loading it again without protection. This
-    closes that way for files that :func:`verify_checkpoint` has not seen, such as those of
+    When torch refuses a file, mmengine's loader (OneDL) loads it again without protection. This
+    prevents it, also for files that :func:`verify_checkpoint` has not seen, such as those of
     ``init_cfg=dict(type='Pretrained', ...)`` and those loaded by URL. For programs, not libraries:
     it sets ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` for this process and its children.
     """
@@ -82,8 +82,8 @@ def force_safe_loading() -> None:
 def verify_checkpoint(path: str) -> dict:
     """Load a checkpoint as plain data onto the CPU, or refuse it.
 
-    Call it on any file that comes from outside before mmengine loads it: mmengine's own loader
-    may fall back to running what the file says.
+    Call it on any file from outside before mmengine loads it: mmengine's own loader may fall back
+    to running code from the file.
 
     Args:
         path: A local file saved by torch.
@@ -93,9 +93,9 @@ def verify_checkpoint(path: str) -> dict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        UnsafeCheckpointError: The file names a Python object that is no plain data. Nothing in it
+        UnsafeCheckpointError: The file names a Python object that is not plain data. Nothing in it
             was run.
-        ValueError: The file is no checkpoint, or holds something else than a dict.
+        ValueError: The file is not a checkpoint, or holds something other than a dict.
     """
     import torch
 
@@ -114,7 +114,7 @@ def verify_checkpoint(path: str) -> dict:
             'weights alone there, torch.save(dict(state_dict=model.state_dict()), path), and use '
             'that file.'
         ) from None
-    except Exception as error:  # what torch raises on a damaged file has no common base
+    except Exception as error:  # torch's errors for damaged files have no common base class
         raise ValueError(
             f'{path!r} is not a checkpoint torch can read ({type(error).__name__}: {error}). '
             'Is the file whole, and saved by torch.save?'

@@ -10,12 +10,12 @@ from .stack import PACKAGES, can_import, installed_version
 
 
 def _is_importable(name: str) -> bool:
-    """Stands for mmengine's ``is_installed``, given a module's or a distribution's name."""
+    """Replaces mmengine's ``is_installed``; takes the name of a module or of a distribution."""
     return can_import(_module_of(name)) or installed_version(name) is not None
 
 
 def _folder_of(name: str) -> str:
-    """Stands for mmengine's ``get_installed_path``, given a module's or a distribution's name."""
+    """Replaces mmengine's ``get_installed_path``; takes a module's or distribution's name."""
     module = _module_of(name)
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -30,30 +30,31 @@ def _module_of(name: str) -> str:
     return name
 
 
-def mend_config_lookup() -> None:
+def patch_config_lookup() -> None:
     """Let configs inherit from another project's, ``_base_ = ['mmseg::_base_/...']``.
 
-    mmengine asks for that project by the name of upstream's distribution. The forks have other
-    names, an editable install's files lie elsewhere than its record, and upstream's mmengine asks
-    pkg_resources, which setuptools 82 and later no longer has. The import system answers in each
-    case. May be called again.
+    mmengine looks that project up by the name of upstream's distribution. The forks have other
+    names, the files of an editable install lie elsewhere than its record, and upstream's mmengine
+    uses pkg_resources, which setuptools 82 removed. Asking the import system works in each case.
+    May be called again.
     """
     from mmengine import utils
     from mmengine.config import config
     from mmengine.utils import package_utils
 
-    # mmengine imports the two functions by name, so each holder of the name is given ours.
+    # mmengine imports the two functions by name, so they are replaced in each module that did.
     for holder in (package_utils, utils, config):
         holder.is_installed = _is_importable
         holder.get_installed_path = _folder_of
 
 
-def mend_class_weights() -> None:
+def patch_class_weights() -> None:
     """Let mmseg's cross entropy take class weights where some pixels are ignored.
 
-    Upstream's looks up the weight of the label 255 and fails; with ``avg_non_ignore`` the forks'
-    fails as well. The mean is over the weights of the pixels that count. Call it once mmseg is
-    imported and before a model is built; without mmseg it does nothing. May be called again.
+    Upstream's version looks up the weight of the label 255 and fails; with ``avg_non_ignore`` the
+    forks' version fails as well. The mean is taken over the weights of the labelled pixels. Call
+    this after mmseg is imported and before a model is built; without mmseg it does nothing. May be
+    called again.
     """
     module = sys.modules.get('mmseg.models.losses.cross_entropy_loss')
     if module is None or hasattr(module.cross_entropy, '__wrapped__'):
@@ -75,10 +76,10 @@ def mend_class_weights() -> None:
 
 
 def allow_repeated_backward() -> None:
-    """Let the backward pass of what is compiled from now on run more than once.
+    """Let the backward pass of graphs compiled from now on run more than once.
 
-    By itself a compiled graph gives the memory of what it keeps for that pass to the pass. torch
-    has no switch for one graph alone.
+    By default the backward pass of a compiled graph overwrites the tensors saved for it. torch has
+    no switch for a single graph.
     """
     import torch._functorch.config as config
 

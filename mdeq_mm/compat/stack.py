@@ -46,7 +46,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def installed_of(package: Package) -> list[str]:
-    """The installed distributions that provide ``package.module``; more than one is a clash."""
+    """The installed distributions that provide ``package.module``; more than one is a conflict."""
     return [name for name in package.distributions if installed_version(name) is not None]
 
 
@@ -59,7 +59,7 @@ def can_import(module: str) -> bool:
 
 
 def has_openmmlab() -> bool:
-    """Whether any package that this one registers its parts with or builds them from is there."""
+    """Whether mmengine or mmcv, which this package needs, can be imported."""
     return any(can_import(package.module) for package in PACKAGES if package.required)
 
 
@@ -71,9 +71,9 @@ def has_operators() -> bool:
 
 
 def operators_command() -> str:
-    """The command that builds the installed mmcv once more, with its operators.
+    """The command that rebuilds the installed mmcv with its operators.
 
-    Without ``--no-build-isolation`` the build would not see torch and leave them out silently.
+    Without ``--no-build-isolation`` the build does not see torch and silently leaves them out.
     """
     (package,) = [package for package in PACKAGES if package.module == 'mmcv']
     wanted = package.onedl if package.onedl in installed_of(package) else package.upstream[0]
@@ -89,7 +89,7 @@ def _install_command(packages: list[Package], onedl: bool) -> str:
 
 
 class Problem(NamedTuple):
-    """What is wrong with the installed stack, and the one command that mends it."""
+    """What is wrong with the installed stack, and the one command that fixes it."""
 
     what: str
     command: str
@@ -110,7 +110,8 @@ def _clash(found: dict[Package, list[str]]) -> Problem | None:
         )
     else:
         return None
-    # Both of two that share files go and one comes back: removing one takes files of the other.
+    # Distributions that share files are both removed and one is reinstalled: removing one deletes
+    # files of the other.
     wrong = {p: n for p, n in found.items() if len(n) > 1 or (onedl and set(n) & set(upstream))}
     gone = [name for names in wrong.values() for name in names]
     install = _install_command(list(wrong), onedl=bool(onedl))
@@ -118,10 +119,10 @@ def _clash(found: dict[Package, list[str]]) -> Problem | None:
 
 
 def find_problem() -> Problem | None:
-    """What keeps the installed stack from working, None where nothing does. Imports none of it.
+    """What keeps the installed stack from working; None if nothing does. Imports none of it.
 
-    mmseg and mmpretrain are needed only by configs that name their classes, so their absence is
-    no problem here; ``python -m mdeq_mm.check`` lists it.
+    mmseg and mmpretrain are needed only by configs that name their classes, so their absence is not
+    a problem here; ``python -m mdeq_mm.check`` lists it.
     """
     found = {package: installed_of(package) for package in PACKAGES}
     clash = _clash(found)
@@ -135,7 +136,7 @@ def find_problem() -> Problem | None:
     if not missing:
         return None
     names = [name for names in found.values() for name in names]
-    # The family already there decides; where there is none, OneDL is the default.
+    # The family that is already installed decides; the default is OneDL.
     upstream = any(not name.startswith('onedl-') for name in names)
     # A distribution on record whose files are gone: plain "pip install" would do nothing.
     hollow = [name for package in missing for name in found[package]]
@@ -151,16 +152,16 @@ def find_problem() -> Problem | None:
 
 
 def check_stack() -> None:
-    """Check that exactly one OpenMMLab stack is installed. Imports nothing of it.
+    """Check that exactly one OpenMMLab stack is installed, without importing it.
 
     Raises:
-        ImportError: Something is missing, doubled or mixed; the message names it and gives the
-            one command that mends it.
+        ImportError: Something is missing, doubled or mixed; the message names it and gives the one
+            command that fixes it.
     """
     problem = find_problem()
     if problem:
         raise ImportError(
             'mdeq_mm cannot use this environment (python -m mdeq_mm.check lists it): '
-            f'{problem.what}. Mend it with: {problem.command}',
+            f'{problem.what}. Fix it with: {problem.command}',
             name='mdeq_mm',
         )

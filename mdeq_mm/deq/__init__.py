@@ -1,4 +1,4 @@
-"""Equilibria of any f: find z = f(z), and let gradients pass it. Knows PyTorch only."""
+"""Equilibria of any f: find z = f(z), and let gradients pass through it. Needs PyTorch only."""
 
 from .gradients import (
     Gradient,

@@ -1,8 +1,8 @@
-"""How a gradient passes an equilibrium z* = f(z*).
+"""How a gradient passes through an equilibrium z* = f(z*).
 
 Each class gets f and the solution of the forward solve and returns ``f(z*)`` with a graph on it.
-They differ in what they make of the gradient v that arrives there, where J is the Jacobian of f
-at z*; exact is (I - J')^-1 v (paper, Eq. 3).
+They differ in what they pass on to f for the gradient v that arrives at z*. With J the Jacobian of
+f at z*, the exact value is (I - J')^-1 v (paper, Eq. 3).
 
 =========================  ==============================  ============================
 gradient                   v becomes                       cost, beyond one f and vjp
@@ -30,7 +30,7 @@ Report = Callable[[Solution], None]
 
 
 class Gradient(Part):
-    """A way for a gradient to pass an equilibrium.
+    """A way for a gradient to pass through an equilibrium.
 
     Attributes:
         needs_state (bool): Whether the solution must carry the forward solver's final state, an
@@ -42,12 +42,12 @@ class Gradient(Part):
     def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
         """``f(z*)``, (N, D), differentiable in all that f depends on.
 
-        Called in grad mode. Where no gradient is wanted, ``ImplicitLayer`` calls f itself.
+        Called in grad mode. Where no gradient is needed, ``ImplicitLayer`` calls f itself.
 
         Args:
             f: The function of the equilibrium.
             solution: What :func:`~mdeq_mm.deq.solve` found.
-            report: Called with the solution of the backward solve, once there is one.
+            report: Called with the solution of the backward solve, if there is one.
         """
         raise NotImplementedError
 
@@ -67,9 +67,9 @@ def _vjp(out: Tensor, z: Tensor, v: Tensor) -> Tensor:
 def _on_gradient(out: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """``out``, with ``change`` applied to the gradient that passes on to f.
 
-    The hook sits on a view between two: the graph of ``out`` itself stays free of it, so the hook
-    may differentiate ``out`` again, and whoever differentiates with respect to the returned tensor
-    gets the loss's own gradient.
+    The hook sits on a view, between ``out`` and the returned tensor. The graph of ``out`` stays
+    free of it, so the hook may differentiate ``out`` again, and the gradient with respect to the
+    returned tensor is the loss's own.
     """
     if not out.requires_grad:
         return out
@@ -104,8 +104,8 @@ class ImplicitGradient(Gradient):
         check_kind('ImplicitGradient', 'solver', self.solver, Solver)
         if self.solver.jitter is not None:
             raise ValueError(
-                f'ImplicitGradient: jitter={self.solver.jitter} is for the forward solver; take it '
-                'away from that of the gradient.'
+                f'ImplicitGradient: jitter={self.solver.jitter} is for the forward solver; '
+                "remove it from the gradient's solver."
             )
 
     def __call__(self, f: Function, solution: Solution, report: Report | None = None) -> Tensor:
@@ -122,11 +122,11 @@ class ImplicitGradient(Gradient):
 
 @immutable
 class TruncatedGradient(Gradient):
-    """A few damped iterations of g = J'g + v from v, in place of its solution.
+    """A few damped iterations of g = J'g + v from v, instead of its solution.
 
-    At ``damping=1`` the first terms of the Neumann series, v + J'v + ... + (J')^steps v. Biased by
-    what the series leaves out, at most ``rho^(steps + 1)`` of the exact gradient for a J of norm
-    rho < 1. Where f does not contract, as it need not while it is trained, these terms grow.
+    At ``damping=1`` it is the first terms of the Neumann series, v + J'v + ... + (J')^steps v. The
+    rest of the series is the bias: for a J of norm rho < 1, at most ``rho^(steps + 1)`` of the
+    exact gradient. Where f does not contract, which happens during training, these terms grow.
 
     Args:
         steps (int): Vector-Jacobian products.
@@ -165,15 +165,15 @@ class JacobianFreeGradient(Gradient):
 
 @immutable
 class SharedInverseGradient(Gradient):
-    """Reuses the inverse Jacobian the forward quasi-Newton solver has learnt (SHINE).
+    """Reuses the inverse Jacobian that the forward quasi-Newton solver has estimated (SHINE).
 
-    The estimate is good along the directions the solver moved in, which are not those of v. A
-    sample on which it blows v up falls back to the Jacobian-free gradient. The forward solver has
-    to be ``LimitedMemoryBroyden`` or ``Anderson``.
+    The estimate is good along the directions in which the solver moved, and v points elsewhere. A
+    sample whose estimate is too long falls back to the Jacobian-free gradient. The forward solver
+    must be ``LimitedMemoryBroyden`` or ``Anderson``.
 
     Args:
         steps (int): Plain iterations of g = J'g + v from the estimate, one vjp each.
-        max_growth (float): Fall back where the estimate is longer than this many times v.
+        max_growth (float): Fall back where the estimate is more than this many times as long as v.
     """
 
     steps: int = 0
@@ -193,7 +193,7 @@ class SharedInverseGradient(Gradient):
             g = -state.inverse_transpose(v)
             length = torch.linalg.vector_norm(g, dim=1)
             limit = self.max_growth * torch.linalg.vector_norm(v, dim=1)
-            # Written so that nan falls back, too.
+            # Written so that nan falls back as well.
             g = torch.where((length <= limit)[:, None], g, v)
             return _neumann(out, z, v, g, self.steps)
 
@@ -205,8 +205,8 @@ class PhantomGradient(Gradient):
     """Plain backpropagation through a few damped layers that start at the equilibrium.
 
     z <- (1 - damping) z + damping f(z), ``steps`` times. Its graph holds ``steps`` calls of f. The
-    value stays f(z*), that of the first of them; the layers make the gradient alone. It can be
-    differentiated again.
+    value stays f(z*), which the first of them computes; the layers only make the gradient. It can
+    be differentiated again.
 
     Args:
         steps (int): Layers unrolled.

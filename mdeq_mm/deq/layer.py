@@ -1,4 +1,4 @@
-"""The implicit layer: where to start, how to solve, how the gradient passes."""
+"""The implicit layer: where to start, how to solve, how the gradient passes through."""
 
 import threading
 import warnings
@@ -18,7 +18,7 @@ from .solvers import Solution, Solver, Status, solve
 from .solvers.base import uncached_autocast
 from .start import ZeroStart
 
-# Penalties of passes whose loss was never asked for hold their graphs: more of them are a mistake.
+# A penalty that nobody collects keeps its graph alive: more of them than this are a mistake.
 _MOST_PENALTIES = 16
 
 
@@ -44,19 +44,19 @@ class SolverStats:
 
 
 class _Reports:
-    """What passes of a layer leave for others to read; one object for all copies of a pass."""
+    """What the passes of a layer leave for others to read; copies made for a pass share it."""
 
     def __init__(self) -> None:
         self.forward: SolverStats | None = None
         self.backward: SolverStats | None = None
         self.warned_of_start = False
-        # Modes, training or not, in which f was seen to be one function.
+        # Modes (training or not) in which f was checked to be the same function at each call.
         self.checked: set[bool] = set()
         self._local = threading.local()
 
     @property
     def penalties(self) -> list[Tensor]:
-        """Those of this thread's passes that nobody took yet."""
+        """Penalties of this thread's passes that were not collected yet."""
         return self._local.__dict__.setdefault('penalties', [])
 
     def took_backward(self, solution: Solution) -> None:
@@ -71,7 +71,7 @@ class _Reports:
 
 @checks_options
 class ImplicitLayer(nn.Module):
-    """A solver for the equilibrium and a way for the gradient to pass it.
+    """A solver for the equilibrium and a way for the gradient to pass through it.
 
     Example::
 
@@ -81,22 +81,22 @@ class ImplicitLayer(nn.Module):
 
     Args:
         solver (Solver): Finds z* in the forward pass.
-        gradient (Gradient): Carries gradients past z*.
+        gradient (Gradient): Carries gradients through z*.
         start (ZeroStart): Where a solve begins.
-        unrolled_layers (int): If positive, apply f so many times and backpropagate through all
-            of them, instead of solving: the warm-up of the paper (§3.3), and explicit nets.
-        eval_solver (Solver, optional): The solver of evaluation mode, where it is another.
-        skip_solved (bool): In evaluation mode, go on with the unsolved samples alone once at most
-            half are unsolved, where the problem can say what f is for them.
-        regularizer (JacobianRegularizer, optional): A penalty on f at z*, in training mode. Add
-            what :meth:`pop_penalty` gives to the loss; in OpenMMLab a hook does.
+        unrolled_layers (int): If positive, apply f this many times and backpropagate through all of
+            them instead of solving: the warm-up of the paper (§3.3), and explicit nets.
+        eval_solver (Solver, optional): Another solver for evaluation mode.
+        skip_solved (bool): In evaluation mode, continue with the unsolved samples alone once at
+            most half are unsolved, if the problem is separable.
+        regularizer (JacobianRegularizer, optional): A penalty on f at z*, in training mode. Add the
+            result of :meth:`pop_penalty` to the loss; in OpenMMLab a hook does.
 
     Attributes:
-        forward_stats, backward_stats (SolverStats | None): What the last solve of either kind
-            did; None where none took place. They hold no graph.
-        iteration_seed (int | None): What the random choices of a training pass, such as whether
-            it has a penalty, are drawn from, so that all processes of a run choose alike. None
-            takes the global generator. ``IterationSeedHook`` sets it.
+        forward_stats, backward_stats (SolverStats | None): What the last forward and the last
+            backward solve did; None if there was none. They hold no graph.
+        iteration_seed (int | None): Seed of the random choices of a training pass, such as whether
+            it has a penalty, so that all processes of a run choose alike. None uses the global
+            generator. ``IterationSeedHook`` sets it.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class ImplicitLayer(nn.Module):
 
     @property
     def current_solver(self) -> Solver:
-        """The solver of a forward pass in the mode the layer is in."""
+        """The solver of a forward pass in the layer's present mode."""
         return self.solver if self.training or self.eval_solver is None else self.eval_solver
 
     def pop_penalty(self) -> Tensor | None:
-        """The regularizer's penalty of this thread's passes since the last time, a scalar.
+        """Sum of the regularizer's penalties in this thread's passes since the last call, a scalar.
 
-        None where none had one.
+        None if no pass had one.
         """
         penalties = self._reports.penalties
         total = sum(penalties[1:], penalties[0]) if penalties else None
@@ -154,14 +154,13 @@ class ImplicitLayer(nn.Module):
         """``f(z*)``, in training and evaluation alike, whatever the gradient.
 
         Args:
-            f: A problem, a module or any function, pure within the pass. Weights that a module
-                computes by parametrizations are computed once; a plain function has to see to
-                that itself.
-            z0: Where to start, one tensor (N, ...) or a list or tuple of such. A problem has a
-                start of its own.
+            f: A problem, a module or any function, pure within the pass. Parametrized weights of a
+                module are computed once per pass; a plain function must take care of that itself.
+            z0: Where to start, a tensor (N, ...) or a list or tuple of them. A problem has its own
+                start.
 
         Returns:
-            In the structure of ``z0``; for a problem what its ``maps`` makes of the state.
+            f(z*) in the structure of ``z0``; for a problem, its ``maps`` of the state.
         """
         self._reports.forward = self._reports.backward = None
         with forward_pass():
@@ -205,9 +204,9 @@ class ImplicitLayer(nn.Module):
         return out
 
     def _check_function(self, solution: Solution, out: Tensor) -> None:
-        """Warn where f(z*) shows that a user's f is another function at each call.
+        """Warn if f(z*) shows that a user's f changes from call to call.
 
-        Looks at the first pass of each mode alone: it waits for the device.
+        Checks only the first pass of each mode, because the check waits for the device.
         """
         if self.training in self._reports.checked:
             return
@@ -253,12 +252,12 @@ def _check_learns(gradient: Gradient, solver: Solver) -> None:
 
 
 def implicit_layers(model: nn.Module) -> list[ImplicitLayer]:
-    """Every implicit layer of a model, wrapped for distributed training or not."""
+    """Every implicit layer of a model, whether or not it is wrapped for distributed training."""
     return [module for module in model.modules() if isinstance(module, ImplicitLayer)]
 
 
 class _Watched:
-    """f, with the argument and the value of its first call, both in one graph."""
+    """f, which remembers the argument and the value of its first call, both in one graph."""
 
     def __init__(self, f: Problem) -> None:
         self.f = f
@@ -268,18 +267,18 @@ class _Watched:
     def __call__(self, z: Tensor) -> Tensor:
         if self.z is not None:
             return self.f(z)
-        # A gradient that takes z* for a constant gives it without grad.
+        # A gradient that treats z* as a constant passes it without grad.
         self.z = z if z.requires_grad else z.detach().requires_grad_()
         self.out = self.f(self.z)
         return self.out
 
 
 def _other_residual(solution: Solution, out: Tensor) -> tuple[float, float] | None:
-    """The residual a solve ended at and that of ``out`` = f(z*), where they contradict each other.
+    """The residual a solve ended at and that of ``out`` = f(z*), if they contradict each other.
 
-    What rounding may do to them differs by dtype and device, and is left out generously.
+    The effect of rounding differs by dtype and device; the tolerance is generous.
     """
-    # Neither graphs nor fake tensors have values to look at.
+    # Graphs and fake tensors have no values to compare.
     if type(out) is not Tensor or torch.compiler.is_compiling() or not out.shape[0]:
         return None
     device = out.device.type
@@ -309,8 +308,8 @@ def _warn_of_changing_function(reported: float, residual: float) -> None:
 def _warn_of_learned_start() -> None:
     warnings.warn(
         'ImplicitLayer was given a start that requires grad. An equilibrium does not depend on '
-        'where its solve began, so none reaches it; train a start by a loss of its own, as on '
-        'its distance from the result, and give it detached.',
+        'where its solve began, so no gradient reaches the start. Train it by its own loss, such '
+        'as its distance from the result, and pass it detached.',
         stacklevel=4,
     )
 

@@ -22,7 +22,7 @@ class Pass:
     """One forward pass of an implicit layer.
 
     Attributes:
-        values (dict): What modules of f keep for the pass, by keys of their own.
+        values (dict): What modules of f keep for the pass, each under its own key.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Pass:
 
 @contextmanager
 def forward_pass() -> Iterator[Pass]:
-    """The pass that this thread is in, or a new one: a layer inside f of another is part of it."""
+    """The pass that this thread is in, or a new one. A layer inside another's f joins its pass."""
     current = current_pass()
     if current is not None:
         yield current
@@ -49,11 +49,11 @@ def current_pass() -> Pass | None:
 
 
 def bound_function(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f`` for the calls of one forward pass: the module that it visibly calls is :func:`bound`.
+    """``f`` for the calls of one forward pass, with its module :func:`bound` where it shows.
 
     Args:
         f: A module, a method of one, or ``functools.partial`` of either. Any other function is
-            returned as it is: which modules it calls cannot be known.
+            returned unchanged, because the modules it calls cannot be known.
     """
     if isinstance(f, nn.Module):
         return bound(f)
@@ -69,17 +69,16 @@ def bound(module: nn.Module) -> nn.Module:
 
     The result shares parameters, buffers and hooks with ``module``, but is a tree of objects of
     its own. Weights that torch computes from other tensors (weight norm, spectral norm, orthogonal
-    and other parametrizations) are computed here, once, with their graph. Nothing of it is global:
-    passes, threads and nested equilibria do not share it.
+    and other parametrizations) are computed here, once, with their graph. Nothing is global:
+    passes, threads and nested equilibria share no weights.
 
-    A value that a module assigns to itself in ``forward`` stays with the copy and is lost with
-    it; buffers that it changes in place are not. A module that keeps something for the time of a
-    pass has a method ``begin_pass(current)``, which is called on its copy with the pass that this
-    thread is in, or None.
+    A value that a module assigns to itself in ``forward`` is lost with the copy; buffers that it
+    changes in place keep the change. A module that keeps something for the duration of a pass has a
+    method ``begin_pass(current)``, which is called on its copy with this thread's pass, or None.
 
     Args:
-        module (nn.Module): Any module. Scripted submodules are taken as they are, and so are those
-            that FSDP shards by themselves, whose weights exist only while they are called.
+        module (nn.Module): Any module. Scripted submodules are used as they are, and so are
+            submodules that FSDP shards, whose weights exist only during their calls.
     """
     return _copy(module, {})
 
@@ -93,9 +92,9 @@ def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     made[id(module)] = copy
     values: dict[str, Any] = dict(module.__dict__)
     if parametrize.is_parametrized(module):
-        # torch makes a subclass whose properties compute the weights. The copy is of the class
-        # below it and holds them as plain values. The lists are called directly: a cache that
-        # ``parametrize.cached()`` opened may hold weights of another grad mode or thread.
+        # torch makes a subclass whose properties compute the weights. The copy has the class below
+        # it and holds the weights as plain values. The parametrizations are called directly: a
+        # cache opened by ``parametrize.cached()`` may hold weights of another grad mode or thread.
         copy.__class__ = type(module).__mro__[1]
         values.update((name, weight()) for name, weight in module.parametrizations.items())
     values['_modules'] = {
@@ -111,7 +110,7 @@ def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 def _run_weight_hooks(copy: nn.Module) -> None:
-    """Compute the weights that torch's older norms compute in a hook before each call."""
+    """Compute the weights that torch's older norms set in a hook before each call."""
     hooks = copy._forward_pre_hooks
     weights = [key for key, hook in hooks.items() if isinstance(hook, (SpectralNorm, WeightNorm))]
     if not weights:
@@ -123,7 +122,7 @@ def _run_weight_hooks(copy: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, in either of its forms, shards this module by itself."""
+    """Whether FSDP, in either of its forms, shards this module itself."""
     fsdp = sys.modules.get('torch.distributed.fsdp')
     names = ('FullyShardedDataParallel', 'FSDPModule')
     return isinstance(module, tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name)))

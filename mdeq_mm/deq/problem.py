@@ -21,8 +21,8 @@ def pack(features: Sequence[Tensor], channels_last: bool = False) -> Tensor:
 
     Args:
         features (Sequence[Tensor]): Feature maps of one batch.
-        channels_last (bool): Lay each scale out as (Hi, Wi, Ci), which costs no transposition
-            where the features are in that memory format.
+        channels_last (bool): Lay each scale out as (Hi, Wi, Ci), which needs no transposition if
+            the features are in that memory format.
     """
     if channels_last:
         features = [feature.permute(0, 2, 3, 1) for feature in features]
@@ -34,8 +34,8 @@ def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> l
     sizes = [c * h * w for c, h, w in shapes]
     if sum(sizes) != z.shape[1]:
         raise ValueError(f'{z.shape[1]} values a sample do not fill the shapes {list(shapes)}.')
-    # One split, not a slice a scale: its gradient is one concatenation, theirs are states of
-    # zeros that have to be added up.
+    # One split, not a slice per scale: its gradient is one concatenation, while slices give
+    # zero-filled states that have to be summed.
     features = []
     for part, (c, h, w) in zip(z.split(sizes, dim=1), shapes):
         if channels_last:
@@ -48,12 +48,12 @@ def unpack(z: Tensor, shapes: Sequence[Shape], channels_last: bool = False) -> l
 class Problem:
     """z = f(z) for one batch.
 
-    Called with a state (N, D) it gives f of it, in the dtype of :attr:`start`.
+    Called with a state (N, D), it returns f of it in the dtype of :attr:`start`.
 
     Attributes:
-        start (Tensor): (N, D) where a solve begins unless a ``start`` says otherwise.
+        start (Tensor): (N, D) where a solve begins, unless the layer's ``start`` says otherwise.
         shapes (list): Shapes of the parts of the state, without N.
-        separable (bool): Whether :meth:`rows` can say what f is for some samples alone.
+        separable (bool): Whether :meth:`rows` can give f for a subset of the samples.
     """
 
     start: Tensor
@@ -65,15 +65,15 @@ class Problem:
         raise NotImplementedError
 
     def rows(self, index: Tensor) -> 'Problem':
-        """The problem of some samples, (K,) indices, alone."""
+        """The problem of a subset of the samples, given by (K,) indices."""
         raise NotImplementedError
 
     def plain(self) -> 'Problem':
-        """The same problem, by operators that can be differentiated twice."""
+        """The same problem, computed by operators that can be differentiated twice."""
         return self
 
     def maps(self, z: Tensor) -> Any:
-        """A state (N, D) in the structure that the owner of f knows, as views."""
+        """A state (N, D) in the structure that f takes, as views."""
         raise NotImplementedError
 
     def flat(self, maps: Any) -> Tensor:
@@ -82,18 +82,19 @@ class Problem:
 
 
 class FunctionProblem(Problem):
-    """A function of one's own: one tensor (N, ...) or a sequence of such.
+    """A user's function of one tensor (N, ...) or of a sequence of them.
 
     Args:
-        f: Takes what ``z0`` is and gives the same: a tensor for a tensor, a sequence of tensors
+        f: Takes and returns the structure of ``z0``: a tensor for a tensor, a sequence of tensors
             of the same shapes for a sequence. For a module, a method of one, or
             ``functools.partial`` of either, parametrized weights are computed once.
-        z0 (Tensor | Sequence[Tensor]): Where to start. Parts of it in half precision are given to
-            f as such, and are float32 to the solver: in half precision no residual could fall.
+        z0 (Tensor | Sequence[Tensor]): Where to start. Parts in half precision reach f as such, but
+            the solver keeps them in float32: in half precision the residual could not fall.
 
     Raises:
-        TypeError, ValueError: If ``z0`` is none of that, is not real and floating, or empty; when
-            called, if f does not return what it was given, or changes it in place.
+        TypeError, ValueError: If ``z0`` is neither, is not real and floating, or is empty. When
+            called: if f returns another structure or other shapes, or changes its argument in
+            place.
     """
 
     def __init__(self, f: Callable[[Any], Any], z0: State) -> None:
@@ -111,7 +112,7 @@ class FunctionProblem(Problem):
             dtype = torch.promote_types(dtype, other)
         self.start = self._flat([part.to(dtype) for part in parts])
         if self.f is f and _caching() and torch.is_grad_enabled():
-            # The solve would fill the caller's cache of weights without their graph.
+            # Otherwise the solve would fill the caller's cache with weights that have no graph.
             self(self.start)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -168,12 +169,12 @@ def problem_of(f: Problem | Callable[[Any], Any], z0: State | None = None) -> Pr
     if isinstance(f, Problem):
         return f
     if z0 is None:
-        raise TypeError('ImplicitLayer: z0 is missing: a function of your own needs a start.')
+        raise TypeError('ImplicitLayer: z0 is missing. A function has no start of its own.')
     return FunctionProblem(f, z0)
 
 
 def _version(z: Tensor) -> int | None:
-    """How often ``z`` was changed in place; None where torch does not count."""
+    """How often ``z`` was changed in place; None if torch does not count."""
     return None if z.is_inference() or torch.compiler.is_compiling() else z._version
 
 
@@ -187,13 +188,15 @@ def _check_version(z: Tensor, version: int | None) -> None:
 
 
 def _caching() -> bool:
-    """Whether the caller runs under ``torch.nn.utils.parametrize.cached()``."""
+    """Whether the caller is inside ``torch.nn.utils.parametrize.cached()``."""
     return bool(getattr(parametrize, '_cache_enabled', 0))
 
 
 def _check_start(parts: Any) -> None:
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise TypeError(f'z0 must be a tensor or a list or tuple of some, got {_describe(parts)}.')
+        raise TypeError(
+            f'z0 must be a tensor, or a list or tuple of tensors, got {_describe(parts)}.'
+        )
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(f'z0 must hold tensors, got {_describe(part)}.')
@@ -224,7 +227,7 @@ def _samples(parts: Sequence[Tensor]) -> list[torch.Size]:
 
 
 def _remedy(error: RuntimeError, problem: FunctionProblem) -> str | None:
-    """What to do about errors of torch that an f of one's own often meets; None for others."""
+    """What to do about torch errors that a user's f often raises; None for others."""
     text = str(error)
     if 'does not require grad' in text:
         return (
@@ -241,8 +244,8 @@ def _remedy(error: RuntimeError, problem: FunctionProblem) -> str | None:
 def _dtype_of_weights(cell: nn.Module, default: torch.dtype) -> torch.dtype:
     """The dtype of the cell's weights during its calls.
 
-    ``default`` where that is unknown: the cell has no parameters, or FSDP holds them, which may
-    cast them for each call.
+    ``default`` if that is unknown: the cell has no parameters, or FSDP holds them and may cast them
+    for each call.
     """
     if any(is_sharded(module) for module in cell.modules()):
         return default
@@ -255,9 +258,9 @@ class CellProblem(Problem):
     Args:
         cell (nn.Module): ``cell(states, injection) -> states``, [(N, Ci, Hi, Wi)] in and out, and
             ``cell.state_shapes(injection) -> [(Ci, Hi, Wi)]``.
-        injection (Tensor): (N, ...) what the cell takes besides the state.
-        channels_last (bool): Lay states out with channels last.
-        call: Stands for calling the cell: ``call(cell, states, injection)``.
+        injection (Tensor): (N, ...) the cell's second argument.
+        channels_last (bool): Store states with channels last.
+        call: Used instead of calling the cell: ``call(cell, states, injection)``.
     """
 
     def __init__(
@@ -271,8 +274,8 @@ class CellProblem(Problem):
         self.injection, self.channels_last, self.call = injection, channels_last, call
         self.shapes = [tuple(shape) for shape in cell.state_shapes(injection)]
         weights = _dtype_of_weights(cell, injection.dtype)
-        # In half precision a residual could not fall: the state has at least float32, and only
-        # what the cell is given is in the dtype of its weights.
+        # In half precision a residual could not fall: the state has at least float32, and only the
+        # cell's arguments have the dtype of its weights.
         dtype = at_least_float32(torch.promote_types(weights, injection.dtype))
         self.given = weights if at_least_float32(weights) != weights else dtype
         size = sum(c * h * w for c, h, w in self.shapes)
@@ -288,13 +291,13 @@ class CellProblem(Problem):
         if [tuple(o.shape[1:]) for o in out] != self.shapes:
             raise ValueError(
                 f'{type(self.cell).__name__} returned maps of {[tuple(o.shape[1:]) for o in out]} '
-                f'and its state_shapes says {self.shapes}: it must return what it is given.'
+                f'and its state_shapes says {self.shapes}: the two must be equal.'
             )
         return pack(out, self.channels_last).to(z.dtype)
 
     @property
     def separable(self) -> bool:
-        # A mask of dropout is for the batch as it is.
+        # A dropout mask belongs to the whole batch.
         return not any(module.training for module in self.cell.modules())
 
     def rows(self, index: Tensor) -> 'CellProblem':

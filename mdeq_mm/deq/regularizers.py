@@ -1,4 +1,4 @@
-"""What keeps f contracting: the size of its Jacobian at the equilibrium."""
+"""The size of f's Jacobian at the equilibrium: a penalty on it, and its spectral radius."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ class JacobianRegularizer(Part):
     """weight * E |v'J|^2 / D at z*, with v ~ N(0, I): the mean square entry of a row of J.
 
     Bai, Koltun & Kolter 2021, "Stabilizing equilibrium models by Jacobian regularization". The
-    penalty is taken on the call of f whose graph is kept anyway, by double backward: it has the
-    exact gradient, where a finite difference would see every ReLU its step crosses.
+    penalty uses the evaluation of f whose graph is kept anyway, by double backward. Its gradient is
+    exact, whereas a finite difference would see every ReLU that its step crosses.
 
     Args:
         weight (float): Factor of the penalty.
-        probability (float): Share of the training passes that have it, drawn anew for each.
-        samples (int): Vectors v, over which the penalty is a mean.
+        probability (float): Probability that a training pass has the penalty, drawn for each.
+        samples (int): Number of vectors v; the penalty is the mean over them.
     """
 
     weight: float
@@ -42,7 +42,7 @@ class JacobianRegularizer(Part):
         for _ in range(self.samples):
             v = torch.randn_like(out)
             (vjp,) = torch.autograd.grad(out, z, v, create_graph=True)
-            # A mean over the batch, too: D of the paper counts the whole batch.
+            # A mean over the batch as well: the paper's D counts the whole batch.
             total = total + vjp.square().mean()
         return self.weight * total / self.samples
 

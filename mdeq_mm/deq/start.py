@@ -11,14 +11,14 @@ from .solvers.base import Part
 
 @immutable
 class ZeroStart(Part):
-    """Where the problem says: zeros in an MDEQ, ``z0`` for a function of one's own."""
+    """The problem's own start: zeros in an MDEQ, ``z0`` for a user's function."""
 
     def __call__(self, problem: Problem, training: bool) -> Tensor:
-        """The state (N, D) to begin at, in a layer in training mode or not."""
+        """The state (N, D) to begin at; ``training`` is the layer's mode."""
         return problem.start
 
     def remember(self, problem: Problem, z: Tensor, training: bool) -> None:
-        """Called with the state (N, D) that the solve of ``problem`` ended at."""
+        """Called with the state (N, D) at which the solve of ``problem`` ended."""
 
     def reset(self) -> None:
         """Forget what was remembered."""
@@ -26,11 +26,11 @@ class ZeroStart(Part):
 
 @immutable
 class PreviousStart(ZeroStart):
-    """The last equilibrium: that of the next frame of a video is near (evaluation mode only).
+    """The last equilibrium, for video: the next frame's is close to it (evaluation mode only).
 
-    A batch of another shape, dtype or device begins anew. Training neither reads nor changes what
-    is remembered. Each thread has a stream of its own. Nothing of it is saved: a copied or
-    reloaded layer begins anew.
+    A batch of another shape, dtype or device starts afresh. Training neither reads nor changes what
+    is remembered. Each thread has its own stream. Nothing is saved: a copied or reloaded layer
+    starts afresh.
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of which a whole one is there at any moment."""
+"""Checkpoint files that survive an interruption at any moment."""
 
 import copy
 import os
@@ -16,10 +16,10 @@ _BACKEND = 'mdeq_whole_files'
 
 @register_backend(_BACKEND)
 class WholeFileBackend(LocalBackend):
-    """The local file system; a file has its name only once it is whole and on the disk."""
+    """The local file system, where a file gets its name only once it is complete and on disk."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write to ``filepath`` + ``.part``, then rename: a break leaves the old file whole."""
+        """Write to ``filepath`` + ``.part``, then rename, so the old file survives a kill."""
         part = f'{filepath}.part'
         super().put(obj, part)
         with open(part, 'rb+') as file:
@@ -29,12 +29,12 @@ class WholeFileBackend(LocalBackend):
 
 @HOOKS.register_module()
 class MDEQCheckpointHook(CheckpointHook):
-    """MM's ``CheckpointHook``, safe against a break at any moment; the same options.
+    """MM's ``CheckpointHook``, safe against interruption at any moment; same options.
 
-    MM writes into the final file and first removes the ones it replaces: a process killed in
-    between leaves a truncated checkpoint, with ``max_keep_ckpts=1`` or for ``save_best`` the only
+    MM removes the files to be replaced first and then writes into the final file. A process killed
+    in between leaves a truncated checkpoint, with ``max_keep_ckpts=1`` or ``save_best`` the only
     one. Here local files are written under another name and renamed, and old ones are removed
-    when the new one is there. For that moment the disk holds one checkpoint more.
+    afterwards. Meanwhile the disk holds one checkpoint more.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -54,7 +54,7 @@ class MDEQCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _removing_last(self) -> Iterator[None]:
-        """Keep what the hook removes until it has written; for good if that fails."""
+        """Postpone the hook's removals until it has written; skip them if that fails."""
         backend, removals = self.file_backend, []
         late = copy.copy(backend)
         late.remove = lambda path: removals.append((backend.remove, path))
@@ -67,6 +67,6 @@ class MDEQCheckpointHook(CheckpointHook):
         new = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
         new.update(getattr(self, 'best_ckpt_path_dict', {}).values())
         for remove, path in removals:
-            # After a resume a checkpoint may have been written over one of the same step.
+            # After a resume, a new checkpoint may have the name of an old one.
             if path not in new:
                 remove(path)

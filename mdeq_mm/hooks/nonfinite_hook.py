@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from ..options import check_int, checks_options
 
 _REMEDY = (
-    'Look at the images and labels of these batches. Where it comes again, lower the learning '
-    'rate or clip gradients (optim_wrapper.clip_grad.max_norm=1), and under --amp take '
+    'Look at the images and labels of these batches. If it happens again, lower the learning '
+    'rate or clip gradients (optim_wrapper.clip_grad.max_norm=1), and under --amp use '
     'optim_wrapper.dtype=bfloat16.'
 )
 
@@ -20,19 +20,18 @@ _REMEDY = (
 @HOOKS.register_module()
 @checks_options
 class NonFiniteGradientHook(Hook):
-    """Skips and counts optimizer steps whose gradient has a nan or an infinity in it.
+    """Skips and counts optimizer steps whose gradient contains nan or infinity.
 
-    Such a step leaves weights and the optimizer's state as they are, and the model's buffers are
-    put back to what they were before the batch: one nan would stay in the running statistics of
-    a batch norm for good. The schedule goes on. Gradients are already averaged over processes
-    when they are looked at, so every process decides alike.
+    Such a step leaves the weights and the optimizer's state unchanged, and restores the model's
+    buffers to their values before the batch: a nan would stay in the running statistics of a batch
+    norm forever. The schedule goes on. Gradients are checked after they were averaged over
+    processes, so all processes decide alike.
 
-    The number of skipped steps is logged as ``train/skipped_steps`` from the first one on, steps
-    that the loss scaler of mixed precision skipped by itself included.
+    The number of skipped steps is logged as ``skipped_steps`` from the first one on. It includes
+    steps that the loss scaler of mixed precision skipped by itself.
 
     Args:
-        max_in_a_row (int): Steps skipped one after the other at which training stops with an
-            error.
+        max_in_a_row (int): Training stops with an error after this many consecutive skipped steps.
     """
 
     # Before EMAHook takes the buffers into its average.
@@ -46,7 +45,7 @@ class NonFiniteGradientHook(Hook):
         self._stepped = self._warned = False
 
     def before_train(self, runner: Runner) -> None:
-        # A resumed run counts on.
+        # A resumed run continues the count.
         self._total = runner.message_hub.runtime_info.get('skipped_steps', 0)
         self._in_a_row, self._buffers, self._stepped = 0, None, False
         wrapper = runner.optim_wrapper
@@ -58,7 +57,7 @@ class NonFiniteGradientHook(Hook):
         self._handles = [w.optimizer.register_step_pre_hook(check) for w in wrappers]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        # Where gradients accumulate, a skipped step takes all batches since the last one with it.
+        # With gradient accumulation, a skipped step discards all batches since the last step.
         if self._buffers is None:
             self._buffers = [(buffer, buffer.clone()) for buffer in runner.model.buffers()]
 
@@ -82,11 +81,11 @@ class NonFiniteGradientHook(Hook):
         self._handles, self._buffers = [], None
 
     def _before_step(self, runner: Runner, optimizer: Optimizer) -> None:
-        """Take the gradients away from an optimizer that is about to step by a bad one."""
+        """Remove the gradients from an optimizer that is about to step with a bad one."""
         self._stepped = True
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         grads = [p.grad for p in parameters if p.grad is not None]
-        # The largest absolute value: large gradients do not overflow in it as in a sum of squares.
+        # The largest absolute value, because a sum of squares of large gradients can overflow.
         if bool(torch.isfinite(get_total_norm(grads, norm_type=float('inf')))):
             self._in_a_row = 0
             return
@@ -104,13 +103,13 @@ class NonFiniteGradientHook(Hook):
         what = f'at iteration {runner.iter + 1} {reason}'
         if self._in_a_row >= self.max_in_a_row:
             raise RuntimeError(
-                f'NonFiniteGradientHook: {what}, as at {self._in_a_row} steps in a row: nothing is '
-                f'learnt any more. {_REMEDY} Then go on from a checkpoint saved before, by '
-                '--resume CHECKPOINT. More patience: max_in_a_row of this hook.'
+                f'NonFiniteGradientHook: {what}, for {self._in_a_row} steps in a row: nothing is '
+                f'learned any more. {_REMEDY} Then go on from an earlier checkpoint with '
+                '--resume CHECKPOINT. To allow more skipped steps, raise max_in_a_row of this hook.'
             )
         if not self._warned:
             self._warned = True
             runner.logger.warning(
-                f'Step skipped: {what}. Weights and the running statistics of norms stay as they '
-                f'were; train/skipped_steps counts, and this is said once. {_REMEDY}'
+                f'Step skipped: {what}. Weights and the running statistics of norms are left as they '
+                f'were. skipped_steps counts such steps; this warning appears once. {_REMEDY}'
             )

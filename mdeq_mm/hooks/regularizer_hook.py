@@ -1,4 +1,4 @@
-"""Penalties of implicit layers in the losses of any model (Bai, Koltun & Kolter 2021)."""
+"""Adds penalties of implicit layers to the losses of any model (Bai, Koltun & Kolter 2021)."""
 
 from typing import Any
 
@@ -17,16 +17,18 @@ from ..options import check_int, check_number, checks_options
 class MDEQRegularizerHook(Hook):
     """Adds the penalty of every ``JacobianRegularizer`` to the losses, as ``loss_jacobian``.
 
-    The model's own forward returns it among its losses, whatever the model is: so it is scaled,
-    accumulated, summed and logged as they are, inside of distributed wrappers too. Iterations that
-    have no penalty log none. Without a regularizer in the model the hook does nothing.
+    The model's own forward returns it among its losses, whatever the model is. So it is scaled,
+    accumulated, summed and logged as they are, also inside distributed wrappers. Iterations without
+    a penalty log none. If the model has no regularizer, the hook does nothing.
 
-    The weight follows a schedule by the iteration alone, so that a resumed run goes on with it.
+    The weight's schedule depends only on the iteration, so a resumed run continues it.
 
     Args:
-        weight_step (float): What the weight grows by every ``step_interval`` iterations.
-        step_interval (int, optional): Iterations between two steps of the weight; None keeps it.
-        begin_iter (int): The iteration from which the steps are counted, as the end of a warm-up.
+        weight_step (float): Added to the weight every ``step_interval`` iterations.
+        step_interval (int, optional): Iterations between two steps of the weight; None keeps it
+            constant.
+        begin_iter (int): The iteration from which the steps are counted, such as the end of a
+            warm-up.
         end_iter (int, optional): The iteration from which on there is no penalty.
     """
 
@@ -61,9 +63,9 @@ class MDEQRegularizerHook(Hook):
         self._configured = {layer: layer.regularizer for layer in layers if layer.regularizer}
         if not self._configured and (self.step_interval or self.end_iter is not None):
             raise ValueError(
-                'MDEQRegularizerHook has a schedule and the model no regularizer: set '
-                "model.backbone.regularizer=dict(type='JacobianRegularizer', weight=0.5), or take "
-                'the options of default_hooks.regularizer away.'
+                'MDEQRegularizerHook has a schedule but the model has no regularizer: set '
+                "model.backbone.regularizer=dict(type='JacobianRegularizer', weight=0.5), or "
+                'remove the options of default_hooks.regularizer.'
             )
         if self._configured:
             self._handle = model.register_forward_hook(_add_penalty)
@@ -81,7 +83,7 @@ class MDEQRegularizerHook(Hook):
             self._handle = None
 
     def _apply(self, iteration: int) -> None:
-        """Give every layer the regularizer of an iteration."""
+        """Set the regularizer of every layer for an iteration."""
         ended = self.end_iter is not None and iteration >= self.end_iter
         counted = max(0, iteration - self.begin_iter)
         steps = counted // self.step_interval if self.step_interval else 0
@@ -91,7 +93,7 @@ class MDEQRegularizerHook(Hook):
 
 
 def _add_penalty(model: nn.Module, args: tuple, losses: Any) -> Any:
-    """A forward hook of the model: its losses, with the penalties of the pass."""
+    """A forward hook of the model: adds the penalties of the pass to its losses."""
     if not isinstance(losses, dict):
         return losses
     penalties = [layer.pop_penalty() for layer in implicit_layers(model)]

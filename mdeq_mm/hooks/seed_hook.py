@@ -1,4 +1,4 @@
-"""Random numbers that depend on the place in the training alone, so that a resumed run has them."""
+"""Random numbers that depend only on the position in training, so a resumed run repeats them."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,17 +15,17 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..deq import ImplicitLayer, implicit_layers
 
-# What a seed is for. The same iteration's numbers for loading and for the forward pass differ.
+# Purposes of a seed: loading and the forward pass of one iteration use different numbers.
 _LOADING, _FORWARD, _SHARED = range(3)
 
 
 def mixed_seed(*words: int) -> int:
-    """One seed from some integers >= 0."""
+    """One seed from several integers >= 0."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def seed_all(*words: int) -> None:
-    """Seed the generators of Python, NumPy and torch (all devices) from some integers >= 0."""
+    """Seed the generators of Python, NumPy and torch (all devices) from several integers >= 0."""
     seed = mixed_seed(*words)
     random.seed(seed)
     np.random.seed(seed)
@@ -34,22 +34,22 @@ def seed_all(*words: int) -> None:
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Seeds every iteration anew, by the run's seed, the process's rank and the iteration.
+    """Seeds every iteration from the run's seed, the process's rank and the iteration.
 
-    MM saves no generator's state: after ``--resume`` dropout masks and augmentations would be
-    those of the first iterations again, and with ``randomness.seed=None`` the data would come in
-    another order. Under this hook what is drawn at an iteration does not depend on what was drawn
-    before it, so an interrupted and resumed run ends with the weights of one that was never
-    interrupted, where the arithmetic itself is deterministic. That holds for augmentation inside
-    loader processes too, as long as ``num_workers`` and the number of processes stay the same.
-    Validation does not shift the numbers of the training. Ranks draw different masks; what an
-    implicit layer chooses for a whole iteration (``iteration_seed``) is the same on all ranks.
+    MM saves no generator state: after ``--resume``, dropout masks and augmentations would repeat
+    those of the first iterations, and with ``randomness.seed=None`` the data would come in another
+    order. With this hook, the numbers drawn at an iteration do not depend on earlier draws. An
+    interrupted and resumed run therefore ends with the weights of an uninterrupted one, if the
+    arithmetic is deterministic. This includes augmentation in worker processes, as long as
+    ``num_workers`` and the number of processes stay the same. Validation does not shift the random
+    numbers of training. Ranks draw different masks; what an implicit layer chooses for a whole
+    iteration (``iteration_seed``) is the same on all ranks.
 
-    Checkpoints carry the sampler's seed as ``meta.sampler_seed``. A checkpoint in the middle of an
-    epoch of an epoch-based loop is no such place: MM starts that epoch again.
+    Checkpoints store the sampler's seed as ``meta.sampler_seed``. An epoch-based loop cannot resume
+    in the middle of an epoch: MM starts that epoch again.
     """
 
-    # What other hooks draw does not reach the model.
+    # Draws of other hooks do not affect the model.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class IterationSeedHook(Hook):
             checkpoint['meta']['sampler_seed'] = int(sampler.seed)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        # As MM's own hooks do: weights alone may be loaded for a new training.
+        # As in MM's own hooks: a checkpoint may be loaded only for its weights.
         if runner._resume:
             self._sampler_seed = checkpoint['meta'].get('sampler_seed')
 
@@ -71,11 +71,11 @@ class IterationSeedHook(Hook):
         if self._sampler_seed is not None:
             for sampler in _seeded_samplers(loader):
                 sampler.seed = self._sampler_seed
-        # Otherwise each iterator made of the loader takes a number of the global generator.
+        # Otherwise each new iterator of the loader draws from the global generator.
         loader.generator = torch.Generator().manual_seed(runner.seed)
         self._batches = _SeededBatches(loader, runner.seed)
         self._layers = implicit_layers(runner.model)
-        # With diff_rank_seed each rank has a seed of its own.
+        # With diff_rank_seed each rank has its own seed.
         shared = [runner.seed]
         dist.broadcast_object_list(shared)
         self._shared_seed = shared[0]
@@ -112,46 +112,46 @@ class IterationSeedHook(Hook):
 
 
 def _seeded_samplers(loader: DataLoader) -> Iterator[Sampler]:
-    """Samplers of a loader that shuffle by a seed of their own."""
+    """Samplers of a loader that shuffle with their own seed."""
     for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
         if getattr(sampler, 'seed', None) is not None:
             yield sampler
 
 
 def _skips_by_loading(runner: Runner) -> bool:
-    """Whether a resumed loop loads the batches of before once more and drops them."""
+    """Whether a resumed loop loads the earlier batches again and drops them."""
     return isinstance(runner.train_loop, IterBasedTrainLoop) and not hasattr(
         runner.train_dataloader.sampler, 'skip'
     )
 
 
 def _renew_iterator(loop: IterBasedTrainLoop) -> None:
-    """Make the iterator of a loop anew, from the first batch on.
+    """Recreate the iterator of a loop, from the first batch on.
 
-    Upstream makes it with the loop, before any hook: its processes have loaded already, under other
-    seeds and in the order of another sampler's seed.
+    Upstream creates it with the loop, before any hook runs. Its workers have already loaded
+    batches, with other seeds and in the order of another sampler seed.
     """
     loader = loop.dataloader
     for sampler in _seeded_samplers(loader):
         if isinstance(sampler, InfiniteSampler):
-            # It goes on where it was left, whoever iterates.
+            # It continues where it stopped, whoever iterates.
             fresh = InfiniteSampler(sampler.dataset, shuffle=sampler.shuffle, seed=sampler.seed)
             sampler.indices = fresh.indices
-    # Where its processes persist, a loader keeps them with its iterator.
+    # A loader with persistent workers keeps them in its iterator.
     loader._iterator = None
     loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
 
 
 class _SeededBatches:
-    """Seeds a loader before each batch, by the batch's place in the training.
+    """Seeds a loader before each batch, by the batch's position in training.
 
-    Stands in for the loader's ``collate_fn``, which a process calls once a batch, and for its
-    ``worker_init_fn``. Of the batches of an iterator, process w of W makes number w, W + w, ...
-    A loader without any works in the training's own process. The hook seeds that as well, but not
-    between batches that MM loads to skip them.
+    Replaces the loader's ``collate_fn``, which a worker calls once per batch, and its
+    ``worker_init_fn``. Worker w of W loads batches w, W + w, ... of an iterator. A loader without
+    workers runs in the training process. The hook seeds that process as well, but not between
+    batches that MM loads only to skip them.
 
     Args:
-        loader: The loader whose functions it takes over.
+        loader: The loader whose functions it replaces.
         seed: The run's seed.
     """
 
@@ -160,7 +160,7 @@ class _SeededBatches:
         self.init: Callable | None = loader.worker_init_fn
         self.seed, self.rank = seed, dist.get_rank()
         self.num_workers = max(loader.num_workers, 1)
-        # An infinite sampler never starts a second round.
+        # An infinite sampler never starts a second epoch.
         infinite = isinstance(loader.sampler, InfiniteSampler)
         self.per_epoch = None if infinite else len(loader)
         self.start = self.worker = self.count = 0
@@ -168,15 +168,15 @@ class _SeededBatches:
         loader.collate_fn, loader.worker_init_fn = self, self.start_worker
 
     def begin(self, start: int) -> None:
-        """Say at which iteration the next iterator of the loader begins."""
+        """Set the iteration at which the loader's next iterator begins."""
         self.start, self.count = start, 0
 
     def remove(self) -> None:
-        """Give the loader its own functions back."""
+        """Restore the loader's own functions."""
         self._loader.collate_fn, self._loader.worker_init_fn = self.collate, self.init
 
     def start_worker(self, worker: int) -> None:
-        """Runs in a new process."""
+        """Called in a new worker."""
         if self.init is not None:
             self.init(worker)
         self.worker, self.count = worker, 0
@@ -191,12 +191,12 @@ class _SeededBatches:
     def _seed(self) -> None:
         epoch, index = 0, self.count
         if self.per_epoch is not None:
-            # Processes that persist go on with the next epoch. One may have no batch at all.
+            # Persistent workers continue with the next epoch. A worker may have no batch at all.
             own = len(range(self.worker, self.per_epoch, self.num_workers))
             epoch, index = divmod(self.count, max(own, 1))
         place = epoch * (self.per_epoch or 0) + index * self.num_workers + self.worker
         seed_all(self.seed, self.rank, _LOADING, self.start + place)
 
     def __getstate__(self) -> dict:
-        # A loader cannot be sent to another process, and is not wanted there.
+        # A loader cannot be pickled, and the workers do not need it.
         return {**self.__dict__, '_loader': None}

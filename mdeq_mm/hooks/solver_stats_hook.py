@@ -1,4 +1,4 @@
-"""What the solver did, where MM's users look: log line, scalars.json, TensorBoard, WandB."""
+"""Reports what the solver did where MM users look: log, scalars.json, TensorBoard, WandB."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,8 @@ _FIELDS = ('nfe', 'residual', 'converged', 'failed')
 
 _UNCONVERGED = dict(
     forward=Status.EXHAUSTED.remedy,
-    backward='the gradient is that of its best iterate, which may point elsewhere. Raise '
-    'model.backbone.gradient.solver.max_iter, or take PhantomGradient or TruncatedGradient, which '
+    backward='the gradient is that of its best iterate and may be far from the exact one. Raise '
+    'model.backbone.gradient.solver.max_iter, or use PhantomGradient or TruncatedGradient, which '
     'solve nothing.',
 )
 
@@ -33,20 +33,20 @@ _UNCONVERGED = dict(
 @HOOKS.register_module()
 @checks_options
 class SolverStatsHook(Hook):
-    """Logs evaluations of f, residual and convergence; warns in words when something is off.
+    """Logs evaluations of f, residual and convergence, and warns when the solver has trouble.
 
     Scalars, each a mean over the batch and over processes: ``train/deq_nfe``,
     ``train/deq_residual`` (relative, at the returned iterate), ``train/deq_converged`` (share of
     samples that reached tol), ``train/deq_failed`` (samples that diverged or turned non-finite),
-    and ``train/deq_bwd_*`` of the backward solve, every ``interval`` iterations; under ``val/``
-    and ``test/`` the forward ones as means over the data set. Iterations of an unrolled net log
-    none.
+    and the same of the backward solve as ``train/deq_bwd_*``, every ``interval`` iterations. Under
+    ``val/`` and ``test/`` are the forward ones, as means over the data set. Iterations of an
+    unrolled net log none.
 
     Args:
         interval (int): Iterations between reports while training; each waits for the device.
-        warn_residual (float): A mean residual above this at ``patience`` reports in a row, of the
-            forward or of the backward solve, is called unconverged.
-        patience (int): Reports before that warning.
+        warn_residual (float): A mean residual above this in ``patience`` consecutive reports, of
+            the forward or of the backward solve, causes a warning.
+        patience (int): Number of reports before that warning.
         spectral_radius (dict, optional): Log the spectral radius of the Jacobian of f at the
             equilibria of validation and testing as well, ``val/deq_spectral_radius``:
             ``dict(interval=10, iterations=50)`` measures every tenth batch by 50 vector-Jacobian
@@ -103,7 +103,7 @@ class SolverStatsHook(Hook):
         reports = [report for report in self._evaluation if report]
         self._evaluation = []
         names = [f'deq_{field}' for field in _FIELDS]
-        # Every process takes part in the mean, whatever its share of the data set, be it nothing.
+        # Every process takes part in the mean, even if it has no share of the data set.
         sums = [float(sum(report[name] for report in reports)) for name in names]
         *sums, count = _mean_over_processes(torch.tensor([*sums, float(len(reports))]))
         if count:
@@ -116,9 +116,9 @@ class SolverStatsHook(Hook):
     def _collect(
         self, runner: Runner, passes: Sequence[str], reduce: bool = True
     ) -> dict[str, float]:
-        """``deq_*`` scalars of the last iteration, over all MDEQs of the model."""
-        # One row a pass, the last column whether this process has such a solve. Processes that
-        # have not still take part in the mean, else the others would wait for them for ever.
+        """``deq_*`` scalars of the last iteration, over all implicit layers of the model."""
+        # One row per pass; the last column says whether this process has such a solve. Processes
+        # without one still take part in the mean, else the others would wait forever.
         table = torch.zeros(len(passes), len(_FIELDS) + 1)
         for row, name in zip(table, passes):
             found: list[SolverStats] = [
@@ -127,7 +127,7 @@ class SolverStatsHook(Hook):
                 if (stats := getattr(layer, f'{name}_stats')) is not None
             ]
             if found:
-                # One summary each: every one waits for the device.
+                # One summary each, because every summary waits for the device.
                 summaries = [stats.summary() for stats in found]
                 values = [[summary[field] for field in _FIELDS] for summary in summaries]
                 row[:-1], row[-1] = torch.tensor(values).mean(0), 1
@@ -150,7 +150,7 @@ class SolverStatsHook(Hook):
                 self._warn(
                     runner,
                     f'{name} unconverged',
-                    f'The {name} solver has ended at a mean relative residual above '
+                    f'The {name} solver ended at a mean relative residual above '
                     f'{self.warn_residual:g} for {self.patience} reports in a row (now '
                     f'{residual:.3g} after {scalars[f"{prefix}nfe"]:.1f} evaluations): '
                     f'{_UNCONVERGED[name]}',
@@ -161,7 +161,7 @@ class SolverStatsHook(Hook):
                     runner,
                     f'{name} failed',
                     f'The {name} solver diverged or turned non-finite on {failed:g} samples of '
-                    f'the batch; their best iterate was used: {Status.DIVERGED.remedy}',
+                    f'the batch, and their best iterates were used: {Status.DIVERGED.remedy}',
                 )
         loss = outputs.get('loss')
         if loss is not None and not bool(torch.isfinite(torch.as_tensor(loss)).all()):
@@ -169,7 +169,7 @@ class SolverStatsHook(Hook):
             reason = (
                 'the solver failed as well: ' + Status.NON_FINITE.remedy
                 if solver_failed
-                else 'the equilibrium is finite, so the cause lies in head, labels or loss scale.'
+                else 'the equilibrium is finite, so the cause is in head, labels or loss scale.'
             )
             self._warn(runner, 'loss', f'The loss is not finite; {reason}')
 
@@ -180,11 +180,11 @@ class SolverStatsHook(Hook):
 
 
 class _Radius:
-    """Spectral radii at the equilibria of an evaluation, as a forward hook of the layers sees them.
+    """Spectral radii at the equilibria of an evaluation, measured in a forward hook of the layers.
 
     Args:
         interval (int): Batches between two measurements.
-        iterations (int): Vector-Jacobian products of each.
+        iterations (int): Vector-Jacobian products per measurement.
     """
 
     def __init__(self, interval: int = 10, iterations: int = 50) -> None:
@@ -195,7 +195,7 @@ class _Radius:
         self._sum = self._count = 0.0
 
     def watch(self, model: nn.Module, batch_idx: int) -> None:
-        """Measure in the batch that follows, if it is one of those to measure."""
+        """Measure in the following batch, if its turn has come."""
         self._remove()
         if batch_idx % self.interval == 0:
             layers = implicit_layers(model)
@@ -204,7 +204,7 @@ class _Radius:
             ]
 
     def take(self) -> list[float]:
-        """Sum and number of the radii since the last time."""
+        """Sum and number of the radii since the last call."""
         self._remove()
         taken, self._sum, self._count = [self._sum, self._count], 0.0, 0.0
         return taken
@@ -222,16 +222,16 @@ class _Radius:
 
 
 def _log(runner: Runner, mode: str, scalars: dict[str, float]) -> None:
-    """Make scalars appear as ``mode/name``, so that training and evaluation are two curves.
+    """Make scalars appear as ``mode/name``, so that training and evaluation are separate curves.
 
-    MM takes ``mode/`` off a name once before it shows it, and so would make them one.
+    MM strips ``mode/`` from a name once before it shows it, which would merge the two.
     """
     for name, value in scalars.items():
         runner.message_hub.update_scalar(f'{mode}/{mode}/{name}', value)
 
 
 def _mean_over_processes(values: Tensor) -> list[float]:
-    """Elementwise mean of a host tensor over the processes of a run."""
+    """Elementwise mean of a CPU tensor over the processes of a run."""
     if dist.is_distributed():
         values = values.to(dist.get_comm_device())
         dist.all_reduce(values, 'mean')

@@ -1,4 +1,4 @@
-"""Training that starts as an explicit net and goes on as an equilibrium (paper, §3.3)."""
+"""Training that starts as an explicit net and continues as an equilibrium (paper, §3.3)."""
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -21,16 +21,16 @@ def smooth_cells(model: nn.Module) -> list[nn.Module]:
 @HOOKS.register_module()
 @checks_options
 class MDEQWarmupHook(Hook):
-    """Unrolls f for the first iterations and smooths its ReLUs at zero for some.
+    """Unrolls f, and replaces its last ReLUs by softplus, for the first iterations.
 
-    What is active depends on ``runner.iter`` alone, so a resumed run continues in its phase.
-    Validation evaluates the network that is being trained, unrolled or not, and the log says
-    which. A checkpoint saved during the warm-up is tested as an equilibrium by tools/test.py.
+    The phase depends only on ``runner.iter``, so a resumed run continues in it. Validation
+    evaluates the network that is being trained, unrolled or not, and the log says which.
+    tools/test.py always tests a checkpoint as an equilibrium, also one saved during the warm-up.
 
     Args:
         unrolled_iters (int): Iterations trained with plain backpropagation through the unrolled
             net.
-        unrolled_layers (int): Calls of f in it.
+        unrolled_layers (int): Evaluations of f in that net.
         softplus_iters (int): Iterations with softplus in place of the last ReLU of the residual
             blocks and of the fusion.
     """
@@ -52,8 +52,8 @@ class MDEQWarmupHook(Hook):
         layers = implicit_layers(runner.model)
         if not layers and (self.unrolled_iters or self.softplus_iters):
             raise ValueError(
-                'MDEQWarmupHook found no equilibrium in the model: no MDEQBackbone and no other '
-                'module around an ImplicitLayer. Switch it off, '
+                'MDEQWarmupHook found no equilibrium in the model: neither MDEQBackbone nor '
+                'another module with an ImplicitLayer. Switch the hook off with '
                 'default_hooks.warmup.unrolled_iters=0 default_hooks.warmup.softplus_iters=0, or '
                 "set model.backbone.type='MDEQBackbone'."
             )
@@ -82,7 +82,7 @@ class MDEQWarmupHook(Hook):
         self._configured, self._cells, self._phase = {}, [], None
 
     def _apply(self, runner: Runner) -> None:
-        """Set the phase ``runner.iter`` is in; logs where it changes."""
+        """Set the phase of ``runner.iter``; log when it changes."""
         phase = (runner.iter < self.unrolled_iters, runner.iter < self.softplus_iters)
         if phase == self._phase:
             return

@@ -1,18 +1,18 @@
-"""Group norm with what surrounds it in f as one operation, by torch, C++ or torch.compile.
+"""Group norm and its neighbours in f as one operation, in torch, C++ or torch.compile.
 
-Apart from its convolutions f (paper, §3.2) is group norms, rectifiers and sums. Operator by
-operator each of them reads and writes whole maps of a batch. The operations here go through one
-image at a time, so that what is read a second time is still in the cache, and keep for the backward
-pass what cannot be computed again:
+Apart from its convolutions f (paper, §3.2) is group norms, rectifiers and sums. As separate
+operators, each of them reads and writes whole maps of a batch. The operations here process one
+image at a time, so that data read a second time is still in the cache. For the backward pass they
+keep only what cannot be recomputed:
 
 - :func:`norm_relu`: norm, ReLU;
 - :func:`norm_relu_conv`: norm, ReLU, convolution;
 - :func:`conv2d`: a convolution, where it is of 3x3 by Winograd's method;
-- :func:`residual_norms`: mask of dropout, injection, norm, + z, rectifier, norm;
-- :func:`sum_rectify`: sum of maps, each normalized and brought to the size of the sum, rectifier.
+- :func:`residual_norms`: dropout mask, injection, norm, + z, rectifier, norm;
+- :func:`sum_rectify`: sum of maps, each normalized and resized to the sum, rectifier.
 
-All take ``kernel``, one of :data:`KERNELS`, and give the same results whichever it is, to rounding.
-Only torch is needed.
+All take ``kernel``, one of :data:`KERNELS`. The results are the same to rounding. Only torch is
+needed.
 """
 
 from .backends import KERNELS, resolve

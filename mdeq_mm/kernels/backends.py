@@ -16,16 +16,17 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def resolve(kernel: str, device: torch.device | str) -> str:
-    """What ``kernel`` stands for on a device: ``'native'``, ``'cpp'`` or ``'compiled'``.
+    """The implementation that ``kernel`` means on a device: ``'native'``, ``'cpp'`` or
+    ``'compiled'``.
 
-    C++ is built here if it has not been. Where it cannot be, and for tensors that are not on a CPU,
-    torch's operators take its place.
+    The C++ operations are built here if necessary. If they cannot be built, and for tensors that
+    are not on a CPU, torch's operators are used instead.
     """
     check_choice('mdeq_mm.kernels', 'kernel', kernel, KERNELS)
     return _resolved(kernel, torch.device(device).type)
 
 
-# A constant to torch.compile, which cannot trace a build.
+# A constant for torch.compile, which cannot trace a build.
 @torch.compiler.assume_constant_result
 def _resolved(kernel: str, device: str) -> str:
     if kernel in ('native', 'compiled'):
@@ -34,10 +35,10 @@ def _resolved(kernel: str, device: str) -> str:
 
 
 def chosen(kernel: str, x: Tensor, *others: Tensor | None) -> str:
-    """What computes an operation on maps ``x`` (N, C, H, W) and other tensors.
+    """The implementation for maps ``x`` (N, C, H, W) and other tensors.
 
-    Torch's operators take what the others cannot: other dtypes, tensors without pixels or values,
-    subclasses of tensors, exported graphs, and the transforms of torch.func.
+    Torch's operators are used where the others cannot be: other dtypes, tensors without pixels or
+    values, tensor subclasses, exported graphs, and the transforms of torch.func.
     """
     found = _resolved(kernel, x.device.type)
     if found == 'native' or torch.jit.is_tracing():
@@ -51,23 +52,23 @@ def chosen(kernel: str, x: Tensor, *others: Tensor | None) -> str:
 
 
 def _exporting() -> bool:
-    # Not known before torch 2.7, whose exports then hold the operations.
+    # torch before 2.7 lacks this function; its exports contain the operations.
     return getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
 def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which want rules of all."""
+    """Whether torch.func or forward-mode differentiation is active, which custom operators lack."""
     active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
     return active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def operations(kernel: str) -> Any:
-    """Where the operations of a resolved kernel are: an object with a function for each."""
+    """The operations of a resolved kernel: an object with a function for each."""
     return torch.ops.mdeq_mm if kernel == 'cpp' else compiled
 
 
 def differentiates() -> bool:
-    """In a backward pass: whether its result may be differentiated again.
+    """In a backward pass: whether its result can be differentiated again.
 
     A compiled backward pass never is.
     """

@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
 def _run(name: str, *args: Any) -> Any:
     formula = getattr(formulas, name)
     if torch.compiler.is_compiling():
-        # Part of what is being compiled.
+        # Inside a graph that is being compiled.
         return formula(*args)
     first = args[0]
     key = tuple(_static(value) for value in args)
@@ -29,7 +29,7 @@ def _run(name: str, *args: Any) -> Any:
 
 
 def _static(value: Any) -> Any:
-    """What of an argument is part of the program: all but the size and values of tensors."""
+    """The part of an argument that a program is compiled for: all but tensors' sizes and values."""
     if isinstance(value, Tensor):
         return value.dtype
     return tuple(_static(v) for v in value) if isinstance(value, (list, tuple)) else value
@@ -37,11 +37,11 @@ def _static(value: Any) -> Any:
 
 @functools.cache
 def _compiled(name: str, *key: Any) -> Callable[..., Any]:
-    """A program for one kind of call. ``key`` makes it one of its own."""
+    """A program for one kind of call, identified by ``key``."""
     formula = getattr(formulas, name)
-    # torch counts recompilations by code object and gives up at eight, which the norms of one
-    # network can exceed; and it takes for variable what differed under one name. Each program gets
-    # a code object and a name of its own, so that only the sizes of maps vary.
+    # torch counts recompilations per code object and gives up after eight, which the norms of one
+    # network can exceed. It also treats values that differed under one name as variable. Each
+    # program gets its own code object and name, so that only the sizes of maps vary.
     own = f'{name}_{hash(key) & 0xFFFFFFFF:08x}'
     code = formula.__code__.replace(co_name=own)
     return torch.compile(FunctionType(code, formula.__globals__, own))

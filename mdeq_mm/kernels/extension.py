@@ -1,4 +1,4 @@
-"""The C++ operations: built once on each kind of machine, then loaded."""
+"""Builds the C++ operations once per kind of machine and loads them."""
 
 import contextlib
 import functools
@@ -22,8 +22,8 @@ from .products import CppProducts
 
 _LOG = logging.getLogger('mdeq_mm')
 _SOURCES = Path(__file__).parent / 'csrc'
-# No -ffast-math: a solver looks for NaN. OpenMP is torch's own, found where torch is loaded: a
-# second one would bring threads of its own.
+# No -ffast-math: a solver checks for NaN. OpenMP is the one that torch has loaded: a second one
+# would start its own threads.
 _FLAGS = (
     '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
     '-Wno-psabi -Wno-ignored-attributes'
@@ -32,13 +32,13 @@ _lock = threading.Lock()
 
 
 def load() -> str | None:
-    """Load the operations as ``torch.ops.mdeq_mm``, and build them if this machine has not yet.
+    """Load the operations as ``torch.ops.mdeq_mm``, and build them first if necessary.
 
-    A build takes about a minute; one line says so. It is kept in ``TORCH_EXTENSIONS_DIR``, by
-    default ``~/.cache/torch_extensions``.
+    A build takes about a minute and is announced by one line. It is kept in
+    ``TORCH_EXTENSIONS_DIR``, by default ``~/.cache/torch_extensions``.
 
     Returns:
-        str | None: Why there are none, None if there are. The second call knows.
+        str | None: Why there are none; None if they are loaded. The answer is cached.
     """
     with _lock:
         return _load()
@@ -54,25 +54,27 @@ def _load() -> str | None:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = f'the build failed: {_first_error(lines)}'
     if reason is not None:
-        _LOG.warning('Operations of f run by torch alone, without mdeq_mm.kernels: %s', reason)
+        _LOG.warning(
+            'f runs on torch operators, without the C++ operations of mdeq_mm.kernels: %s', reason
+        )
     return reason
 
 
 def _first_error(lines: list[str]) -> str:
-    """The line of a compiler's output that says most."""
+    """The most informative line of a compiler's output."""
     errors = [line for line in lines if 'error:' in line]
     return (errors or lines)[0].strip()
 
 
 def _obstacle() -> str | None:
-    """What keeps this machine from building or loading them."""
+    """Why this machine cannot build or load them; None if it can."""
     if sys.platform == 'win32':
-        return 'they are written for GCC and Clang, which torch does not use on Windows.'
+        return 'they need GCC or Clang, which torch does not use on Windows.'
     if _library().is_file():
         return None
     compiler = shlex.split(os.environ.get('CXX', 'c++'))[0]
     if shutil.which(compiler) is None:
-        return f'no C++ compiler {compiler!r} was found. Install one (g++), or name it by CXX.'
+        return f'no C++ compiler {compiler!r} was found. Install one (g++), or set CXX.'
     if shutil.which('ninja') is None and importlib.util.find_spec('ninja') is None:
         return 'torch builds extensions with ninja, which was not found: pip install ninja.'
     return None
@@ -93,13 +95,13 @@ def _load_or_build() -> None:
 
 
 def _library() -> Path:
-    """Where the build for this torch and this processor lies."""
+    """The folder of the build for this torch and this processor."""
     name = f'mdeq_mm_kernels_{_fingerprint()}'
     root = os.environ.get('TORCH_EXTENSIONS_DIR')
     if not root:
         root = os.environ.get('XDG_CACHE_HOME') or Path('~', '.cache')
         root = Path(root, 'torch_extensions')
-    # A user without a home gets a path that cannot be made, as under a folder without permission.
+    # For a user without a home this path cannot be created, as in a folder without permission.
     with contextlib.suppress(RuntimeError):
         return Path(root).expanduser() / name / f'{name}.so'
     return Path(os.devnull) / name / f'{name}.so'
@@ -107,14 +109,14 @@ def _library() -> Path:
 
 @functools.cache
 def _fingerprint() -> str:
-    """Differs wherever a build could not be shared: a home directory may serve many machines."""
+    """Differs between machines that cannot share a build: a home directory may serve many."""
     parts = [torch.__version__, platform.machine(), _processor(), *_FLAGS]
     parts += [path.read_text() for path in sorted(_SOURCES.iterdir())]
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """The instruction sets, for which -march=native builds."""
+    """The instruction sets that -march=native builds for."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.lower().startswith(('flags', 'features')):
@@ -124,7 +126,7 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _folder(library: Path) -> Iterator[Path]:
-    """The folder of the library, or one for this process alone where it cannot be written."""
+    """The folder of the library, or a temporary one if it is not writable."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=library.parent).close()
@@ -137,11 +139,11 @@ def _folder(library: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _one_process(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with its process, so that one builds and the others find it."""
+    """Hold a lock that is released with its process, so that one process builds for all."""
     import fcntl
 
     with open(folder / 'lock', 'w') as file:
-        # Without locks, as on some network drives, each builds; the last to finish stays.
+        # Without locks, as on some network drives, each process builds; the last result stays.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -150,12 +152,12 @@ def _one_process(folder: Path) -> Iterator[None]:
 def _build(folder: Path) -> None:
     _LOG.warning(
         'Building the C++ operations of f into %s: about a minute, once on this machine. '
-        "norm_kernel='native' does without.",
+        "norm_kernel='native' avoids it.",
         folder,
     )
     from torch.utils import cpp_extension
 
-    # Elsewhere first: an interrupted build leaves nothing that looks like a whole one.
+    # Built elsewhere first: an interrupted build leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=folder) as scratch, _ninja_on_path():
         name = folder.name
         cpp_extension.load(
@@ -171,7 +173,7 @@ def _build(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """Let torch find the ninja of the package index where its environment is not activated."""
+    """Let torch find a pip-installed ninja even if its environment is not activated."""
     if shutil.which('ninja') is not None:
         yield
         return

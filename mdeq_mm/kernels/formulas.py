@@ -1,4 +1,4 @@
-"""What each operation computes, as formulas over (N, HW, C): those of ``kernel='compiled'``.
+"""What each operation computes, as formulas over (N, HW, C), used by ``kernel='compiled'``.
 
 The functions at the end have the names, arguments and results of the operations in C++. A map is
 *rows* here: (N, HW, C) in the dtype of arithmetic, at least float32.
@@ -88,7 +88,7 @@ def rectify_gradient(grad: Tensor, x: Tensor, smooth: bool) -> Tensor:
 
 
 def rectify_gradient_of(grad: Tensor, result: Tensor, smooth: bool) -> Tensor:
-    """The same from what :func:`rectify` gave."""
+    """The same, from the result of :func:`rectify`."""
     if not smooth:
         return torch.where(result <= 0, 0, grad)
     return grad * torch.where(result > 20, 1, -torch.expm1(-result))

@@ -18,8 +18,8 @@ def norm_relu(
         norm (Norm): The group norm.
         relu (bool): Rectify.
         kernel (str): One of :data:`~mdeq_mm.kernels.KERNELS`.
-        inplace (bool): ``x`` is of no use to the caller afterwards. Where no gradient is wanted,
-            its memory may hold the result.
+        inplace (bool): The caller does not need ``x`` afterwards. If no gradient is needed, the
+            result may overwrite it.
     """
     kernel = backends.chosen(kernel, x, norm.weight, norm.bias)
     if kernel == 'native':
@@ -38,7 +38,7 @@ def _native(x: Tensor, norm: Norm, relu: bool) -> Tensor:
 
 
 class _NormRelu(torch.autograd.Function):
-    """Keeps x and the moments. The sign that ReLU saw is found again from them."""
+    """Keeps x and the moments. The sign that ReLU saw is recomputed from them."""
 
     @staticmethod
     def forward(ctx, kernel, groups, eps, relu, x, weight, bias):

@@ -23,15 +23,15 @@ def norm_relu_conv(
 ) -> Tensor:
     """``conv2d(relu(norm(x)), weight)`` in the dtype of the convolution.
 
-    The map between norm and convolution is the widest of f. C++ computes it a second time where
-    the gradient of ``weight`` is wanted, and does not keep it for that.
+    The map between norm and convolution is the widest of f. C++ does not keep it for the gradient
+    of ``weight`` but recomputes it.
 
     Args:
-        x (Tensor): (N, C, H, W), of no use to the caller afterwards: where no gradient is wanted,
-            its memory may be written over.
+        x (Tensor): (N, C, H, W), which the caller does not need afterwards: if no gradient is
+            needed, it may be overwritten.
         norm (Norm): The group norm.
         weight (Tensor): (C_out, C, k, k) of the convolution, which has a stride of 1.
-        padding (int): Of the convolution.
+        padding (int): Padding of the convolution.
         kernel (str): One of :data:`~mdeq_mm.kernels.KERNELS`.
     """
     found = backends.chosen(kernel, x, norm.weight, norm.bias, weight)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """A group norm. Scale and shift are (C,), or None for none."""
+    """A group norm. Scale and shift are (C,) or None."""
 
     groups: int
     weight: Tensor | None = None
@@ -18,20 +18,20 @@ class Norm(NamedTuple):
 
     @property
     def learns(self) -> bool:
-        """Whether scale or shift want a gradient."""
+        """Whether scale or shift needs a gradient."""
         tensors = (self.weight, self.bias)
         return any(t is not None and t.requires_grad for t in tensors)
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype in which a map is computed with: at least float32."""
+    """The dtype of computations on a map: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def native_norm(x: Tensor, norm: Norm) -> Tensor:
-    """Group norm by torch, (N, C, ...) in and out, in the dtype of ``x`` also under autocast."""
+    """Group norm by torch, (N, C, ...) in and out, in the dtype of ``x`` even under autocast."""
     device = x.device.type
-    # The meta device of shape and FLOP counters knows no autocast.
+    # The meta device, used for counting, has no autocast.
     if device == 'meta' or not torch.is_autocast_enabled(device):
         return _group_norm(x, norm)
     with torch.autocast(device, enabled=False):
@@ -40,11 +40,11 @@ def native_norm(x: Tensor, norm: Norm) -> Tensor:
 
 def _group_norm(x: Tensor, norm: Norm) -> Tensor:
     weight, bias = norm.weight, norm.bias
-    # The CPU kernel takes float32 scales beside low-precision maps, the others do not.
+    # Only the CPU kernel takes float32 scales with low-precision maps.
     if weight is not None and weight.dtype != x.dtype and x.device.type != 'cpu':
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    # F.group_norm refuses groups of one value, which batch norm could not train on. Here they are
-    # as good as any: an image of one pixel, normalized to zero.
+    # F.group_norm refuses groups of one value. Here they are valid: such a group, as of an image of
+    # one pixel, is normalized to zero.
     return torch.group_norm(x, norm.groups, weight, bias, norm.eps)
 
 
@@ -59,14 +59,14 @@ def native_gradients(
     """Gradients of ``function(*inputs)`` that can be differentiated again.
 
     Args:
-        function: Built from torch's operators.
-        inputs: What it is given.
-        needs: Which of ``inputs`` want a gradient; None is returned for the others.
+        function: A function made of torch's operators.
+        inputs: Its arguments.
+        needs: Which of ``inputs`` need a gradient; None is returned for the others.
         grad (Tensor): Gradient of the result.
     """
     if not any(needs):
         return [None] * len(needs)
-    # Views: the gradient must end at them even where one input was computed from another.
+    # Views, so that the gradient stops here even if one input was computed from another.
     views = [x.view_as(x) if need else x for x, need in zip(inputs, needs)]
     with torch.enable_grad():
         out = function(*views)

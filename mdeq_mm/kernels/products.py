@@ -1,4 +1,4 @@
-"""The long-vector work of secant solvers on a CPU: each vector is read once."""
+"""The long-vector operations of secant solvers on a CPU, reading each vector once."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from ..deq.solvers.products import Products
 
 
 class CppProducts(Products):
-    """As :class:`~mdeq_mm.deq.solvers.products.Products`, in C++.
+    """:class:`~mdeq_mm.deq.solvers.products.Products` in C++.
 
-    For float32 states with a history in float32 or bfloat16, and for float64 states. Sums are
-    made per block of a sample, so that they depend neither on threads nor on the batch.
+    For float32 states with a history in float32 or bfloat16, and for float64 states. Sums are taken
+    over fixed blocks of a sample, so they depend neither on threads nor on the batch.
     """
 
     def residual(self, fz: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

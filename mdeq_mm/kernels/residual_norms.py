@@ -20,18 +20,18 @@ def residual_norms(
     """``norm3(rectify(norm2(x * mask + injection) + z))`` in the dtype of ``x``.
 
     Args:
-        x (Tensor): (N, C, H, W), what the block's second convolution gave.
+        x (Tensor): (N, C, H, W), the output of the block's second convolution.
         z (Tensor): (N, C, H, W), the block's input.
         norm2 (Norm): The group norm before ``z`` is added.
         norm3 (Norm): The one after the rectifier.
         injection (Tensor, optional): (N, C, H, W).
-        mask (Tensor, optional): (N, C, 1, 1), of dropout; it gets no gradient.
-        smooth (bool): Rectify by softplus, not by ReLU.
+        mask (Tensor, optional): (N, C, 1, 1), a dropout mask; it gets no gradient.
+        smooth (bool): Rectify by softplus instead of ReLU.
         kernel (str): One of :data:`~mdeq_mm.kernels.KERNELS`.
     """
     parameters = (norm2.weight, norm2.bias, norm3.weight, norm3.bias)
     kernel = backends.chosen(kernel, x, z, injection, mask, *parameters)
-    # A state in float32 beside maps of lower precision would raise all that follows to float32.
+    # A float32 state added to maps of lower precision would promote everything after it to float32.
     z = backends.as_map(z, x, kernel)
     if injection is not None:
         injection = backends.as_map(injection, x, kernel)
@@ -51,7 +51,7 @@ def _native(x, z, norm2, norm3, injection, mask, smooth):
 
 
 class _ResidualNorms(torch.autograd.Function):
-    """Keeps its inputs and the moments; both rectified and normalized maps are computed again."""
+    """Keeps its inputs and the moments; the rectified and normalized maps are recomputed."""
 
     @staticmethod
     def forward(ctx, kernel, options, x, z, injection, mask, weight2, bias2, weight3, bias3):
@@ -79,7 +79,7 @@ class _ResidualNorms(torch.autograd.Function):
         dx, dz, separate, parameters2, parameters3 = ops.residual_norms_backward(
             grad, *inputs, stats2, stats3, groups2, groups3, smooth, *wanted
         )
-        # Without a mask between them, x and the injection have one gradient.
+        # Without a mask between them, x and the injection have the same gradient.
         injection, mask = inputs[2:4]
         dinjection = None
         if needs[2]:

@@ -1,4 +1,4 @@
-"""What the C++ operations return for tensors without values."""
+"""The results of the C++ operations for tensors without values."""
 
 import math
 from collections.abc import Sequence

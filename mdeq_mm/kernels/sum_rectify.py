@@ -15,7 +15,7 @@ from .norms import Norm, native_gradients, native_norm, native_rectify
 class Term(NamedTuple):
     """A map (N, C, h, w) to be added, after ``norm`` if there is one.
 
-    With ``upsample`` it may be of any size and is read as nearest upsampling would write it.
+    With ``upsample`` it may have any size and is upsampled to the nearest neighbour as it is read.
     """
 
     x: Tensor
@@ -31,7 +31,7 @@ def sum_rectify(
     Args:
         own (Tensor): (N, C, H, W).
         terms (Sequence[Term]): What is added.
-        smooth (bool): Rectify by softplus, not by ReLU.
+        smooth (bool): Rectify by softplus instead of ReLU.
         kernel (str): One of :data:`~mdeq_mm.kernels.KERNELS`.
     """
     norms = [Norm(0) if term.norm is None else term.norm for term in terms]
@@ -53,7 +53,7 @@ def sum_rectify(
 
 
 def _native(own, given, norms, upsamples, smooth):
-    # The first sum makes a new tensor, so that what follows may be in place.
+    # The first sum makes a new tensor, so the following operations may be in place.
     total = None
     for x, norm, upsample in zip(given, norms, upsamples):
         x = _native_term(x, norm, own.shape[2:] if upsample else None)
@@ -63,19 +63,19 @@ def _native(own, given, norms, upsamples, smooth):
 
 def _native_term(x: Tensor, norm: Norm, size: Sequence[int] | None) -> Tensor:
     x = native_norm(x, norm) if norm.groups else x
-    # Sizes are not compared: an exported graph would be for those alone that compare alike.
+    # Sizes are not compared: an exported graph would then hold only for sizes that compare alike.
     return x if size is None else F.interpolate(x, size=size, mode='nearest')
 
 
 class _SumRectify(torch.autograd.Function):
-    """Keeps the result, which tells the rectifier's slope, the terms with a norm, and moments."""
+    """Keeps the result, which gives the rectifier's slope, the normed terms, and moments."""
 
     @staticmethod
     def forward(ctx, kernel, groups, eps, smooth, own, *tensors):
         terms, weights, biases = _thirds(tensors)
         ops = backends.operations(kernel)
         y, stats = ops.sum_rectify(own, terms, weights, biases, groups, eps, smooth)
-        # Of a plain term of the sum's size nothing is needed: its gradient is that of own.
+        # A plain term of the sum's size need not be kept: its gradient is that of own.
         moved = [g > 0 or x.shape[2:] != y.shape[2:] for g, x in zip(groups, terms)]
         kept = [x if m else None for x, m in zip(terms, moved)]
         ctx.save_for_backward(y, stats, *kept, *weights, *biases)
@@ -131,6 +131,6 @@ def _term_gradients(x: Tensor, norm: Norm, needs: Sequence[bool], down: Tensor) 
 
 
 def _thirds(values: Sequence) -> tuple[list, list, list]:
-    """What belongs to terms, weights and biases: an autograd function takes all in one row."""
+    """Split a flat list into terms, weights and biases: an autograd function takes a flat list."""
     k = len(values) // 3
     return list(values[:k]), list(values[k : 2 * k]), list(values[2 * k :])

@@ -9,10 +9,10 @@ from ..kernels import conv2d
 
 @MODELS.register_module()
 class MDEQConv2d(nn.Conv2d):
-    """``nn.Conv2d`` with ``padding=kernel_size // 2``, right also on maps one pixel wide.
+    """``nn.Conv2d`` with ``padding=kernel_size // 2`` that is also correct on maps one pixel wide.
 
-    Where it strides over such a map, oneDNN leaves parts of the bfloat16 weight gradient unwritten
-    (torch 2.14 on a CPU). One window is all that fits, so there a stride of 1 is the same.
+    For a strided convolution of such a map, oneDNN leaves parts of the bfloat16 weight gradient
+    unwritten (torch 2.14 on a CPU). Only one window fits, so a stride of 1 is equivalent.
 
     Attributes:
         kernel (str): What computes it where its stride is 1, one of

@@ -15,7 +15,8 @@ def check_groups(
 ) -> None:
     """Raise unless ``num_groups`` divides ``channels``; the message lists what does.
 
-    ``halved`` wants the same of ``num_groups // 2``, the groups of the norm after the fusion.
+    With ``halved``, ``num_groups // 2``, the groups of the norm after the fusion, must divide it
+    too.
     """
 
     def splits(groups: int) -> bool:
@@ -36,8 +37,8 @@ def check_groups(
 class MDEQGroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` that keeps the dtype of its input under autocast.
 
-    Autocast runs group norm in float32 and so doubles the traffic of every map of f. Here the
-    maps stay in low precision; mean and variance are taken in float32. In a config:
+    Autocast runs group norm in float32, which doubles the memory traffic of every map of f. Here
+    the maps stay in low precision; mean and variance are computed in float32. In a config:
     ``norm_cfg=dict(type='MDEQGroupNorm', num_groups=8)``.
 
     Args:
@@ -45,7 +46,7 @@ class MDEQGroupNorm(nn.GroupNorm):
         num_groups (int): Groups; must divide the channels.
         eps (float): Added to the variance.
         affine (bool): Learn a scale and a shift per channel.
-        kernel (str): What computes it, one of :data:`mdeq_mm.kernels.KERNELS`.
+        kernel (str): The implementation, one of :data:`mdeq_mm.kernels.KERNELS`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class MDEQGroupNorm(nn.GroupNorm):
 
     @property
     def norm(self) -> Norm:
-        """What the operations of :mod:`mdeq_mm.kernels` take."""
+        """The norm as the operations of :mod:`mdeq_mm.kernels` take it."""
         return Norm(self.num_groups, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class MDEQGroupNorm(nn.GroupNorm):
 
 
 def fusible(*modules: nn.Module) -> bool:
-    """Whether all are group norms whose result nobody but the next operation looks at.
+    """Whether all are group norms whose result only the next operation uses.
 
     Subclasses and modules with hooks are called as modules.
     """
@@ -92,8 +93,8 @@ def build_norm(norm_cfg: dict[str, Any], channels: int, halve_groups: bool = Fal
     """The normalization of f for ``channels`` channels.
 
     Args:
-        norm_cfg (dict): As MM takes it. ``GN`` gives :class:`MDEQGroupNorm`, which is the same
-            function with the same state dict.
+        norm_cfg (dict): As in MM. ``GN`` builds :class:`MDEQGroupNorm`, the same function with the
+            same state dict.
         channels (int): Channels to normalize.
         halve_groups (bool): Use ``num_groups // 2`` groups, as the released networks do after
             the fusion. Ignored by norms without groups.

@@ -14,14 +14,14 @@ from ..options import check_number, checks_options
 class VariationalDropout2d(nn.Module):
     """Drops whole channels, the same ones at every call of a forward pass (paper, §3.3).
 
-    An equilibrium exists only if f is the same function at each call, so the mask must not
-    change between calls. A new one, per sample and channel, is drawn in each forward pass of an
-    ``ImplicitLayer`` in which this module is in training mode. Distributed processes have
-    different masks, even with the same seed. Outside of an implicit layer a mask stays until
-    :meth:`reset`: call :func:`reset_masks` once an iteration.
+    An equilibrium exists only if f is the same function at each call, so the mask must not change
+    between calls. In training mode, each forward pass of an ``ImplicitLayer`` draws a new mask, per
+    sample and channel. Distributed processes have different masks, even with the same seed. Outside
+    an implicit layer a mask is kept until :meth:`reset`: call :func:`reset_masks` once per
+    iteration.
 
     Args:
-        drop_rate (float): Probability of a channel to be dropped, in [0, 1).
+        drop_rate (float): Probability that a channel is dropped, in [0, 1).
     """
 
     def __init__(self, drop_rate: float = 0.5) -> None:
@@ -30,7 +30,7 @@ class VariationalDropout2d(nn.Module):
             'VariationalDropout2d', 'drop_rate', drop_rate, 0, 1, open_high=True
         )
         self._masks: dict[tuple, Tensor] = {}
-        # The same for all copies that a forward pass makes of this module.
+        # Shared by all copies that a forward pass makes of this module.
         self._key = object()
 
     def reset(self) -> None:
@@ -42,7 +42,7 @@ class VariationalDropout2d(nn.Module):
         self._masks = {} if current is None else current.values.setdefault(self._key, {})
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """What to multiply ``x`` (N, C, H, W) by, (N, C, 1, 1); None in evaluation mode.
+        """The mask (N, C, 1, 1) for ``x`` (N, C, H, W); None in evaluation mode.
 
         Entries are 0 or ``1 / (1 - drop_rate)``.
         """
@@ -51,10 +51,10 @@ class VariationalDropout2d(nn.Module):
         if x.dim() != 4:
             raise ValueError(f'VariationalDropout2d takes (N, C, H, W), got {tuple(x.shape)}.')
         masks = self._masks
-        # What is compiled is always a copy, which has the masks of its pass.
+        # Compiled code always runs on a copy, which has the masks of its pass.
         current = None if torch.compiler.is_compiling() else current_pass()
         if current is not None:
-            # Kept here, too, for calls after the pass: activation checkpointing repeats f then.
+            # Kept here as well for calls after the pass: activation checkpointing repeats f then.
             masks = self._masks = current.values.setdefault(self._key, {})
         # One for each shape: f may use the module at several scales.
         key = (x.shape[0], x.shape[1], str(x.device))
@@ -64,9 +64,10 @@ class VariationalDropout2d(nn.Module):
 
     def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         keep = 1 - self.drop_rate
-        # Processes mostly start from one seed: each draws for all of them and takes its part.
+        # Processes usually share one seed, so each draws the masks of all of them and takes its
+        # own.
         rank, processes = get_dist_info()
-        # Drawn in float32 and outside any graph, then used in whatever dtype x has.
+        # Drawn in float32 outside any graph, then used in the dtype of x.
         drawn = torch.empty(processes, *shape, dtype=torch.float32, device=device)
         return drawn.bernoulli_(keep).div_(keep)[rank]
 

@@ -52,36 +52,38 @@ class MDEQBackbone(BaseModule):
         stem_strides (Sequence[int]): Strides of the stem's 3x3 convolutions. (2, 2) starts the
             first scale at a quarter of the image, (1, 1) at full size (CIFAR).
         drop_rate (float): Variational dropout in f.
-        weight_norm (bool): Weight-normalize the convolutions of f that the paper's models do.
+        weight_norm (bool): Weight-normalize convolutions of f, as the paper's models do.
         upsample (str): ``'nearest'`` as in the released weights, ``'bilinear'`` as in the paper.
         norm_cfg (dict): Normalization in f.
         stem_norm_cfg (dict): Normalization in stem and injection.
-        norm_kernel (str): What computes norms, rectifiers and sums of f: ``'native'`` torch's
-            operators, ``'cpp'`` C++ built at first use, on CPUs, ``'compiled'`` torch.compile.
-            ``'auto'`` is ``'cpp'`` on a CPU that has a compiler, ``'native'`` elsewhere.
-        cell (dict, optional): Another f in the place of :class:`MDEQCell`: a module with
+        norm_kernel (str): The implementation of norms, rectifiers and sums of f: ``'native'``,
+            torch's operators; ``'cpp'``, C++ for CPUs, built at first use; ``'compiled'``,
+            torch.compile. ``'auto'`` is ``'cpp'`` on a CPU with a compiler and ``'native'``
+            elsewhere.
+        cell (dict, optional): Another f instead of :class:`MDEQCell`: a module with
             ``forward(states, injection)`` and ``state_shapes(injection)``, registered in MM's
             ``MODELS``. Its first scale takes the injection, (N, channels[0], H, W).
         solver (dict): Solver of the forward pass: ``FixedPointIteration``, ``Anderson`` or
             ``LimitedMemoryBroyden`` with its options.
-        gradient (dict): How gradients pass the equilibrium; see :mod:`mdeq_mm.deq.gradients`.
+        gradient (dict): How gradients pass through the equilibrium; see
+            :mod:`mdeq_mm.deq.gradients`.
         start (dict): Where a solve begins: ``ZeroStart``, or ``PreviousStart`` for video.
         regularizer (dict, optional): ``JacobianRegularizer`` with its options.
-        unrolled_layers (int): If positive, an explicit weight-tied net of so many layers takes
-            the place of the equilibrium. ``MDEQWarmupHook`` sets it for a time.
+        unrolled_layers (int): If positive, an explicit weight-tied net of this many layers replaces
+            the equilibrium. ``MDEQWarmupHook`` sets it during the warm-up.
         eval_solver (dict, optional): Options of ``solver`` that differ in evaluation mode, as
             ``dict(max_iter=18)``.
-        skip_solved (bool): In evaluation mode, call f for the unsolved images of a batch alone
-            once at most half are unsolved.
+        skip_solved (bool): In evaluation mode, evaluate f for the unsolved images alone once at
+            most half of a batch is unsolved.
         compile_cell (bool | dict): Compile f by ``torch.compile``; a dict holds its options.
-        channels_last (bool | str): Memory format of the maps inside. ``'auto'`` is channels last
-            on a CPU, where convolutions and by far their gradients are fastest with it.
+        channels_last (bool | str): Memory format of the maps inside. ``'auto'`` is channels last on
+            a CPU, where it is fastest, above all for gradients of convolutions.
         out_indices (Sequence[int], optional): Scales to return; all by default.
         frozen_stages (int): -1 trains all; 0 freezes the stem, 1 the injection as well, 2 also f.
         norm_eval (bool): Keep batch norm in evaluation mode while training.
         init_cfg (dict | list, optional): MM's initialization. By default convolutions are drawn
-            from N(0, 0.01) as in the released code; that does not reach weight-normalized ones,
-            which keep PyTorch's.
+            from N(0, 0.01) as in the released code; weight-normalized ones keep PyTorch's
+            initialization.
     """
 
     def __init__(
@@ -184,23 +186,23 @@ class MDEQBackbone(BaseModule):
         Any H, W of at least 1 works: strides round up.
         """
         problem = self.problem(x)
-        # The layer asks for the gradient of z itself: without this, what is frozen would build a
-        # graph and solve for adjoints that nobody needs.
+        # The layer itself requires a gradient of z. Without this check, a frozen backbone would
+        # build a graph and solve for an adjoint that nobody needs.
         wanted = problem.injection.requires_grad or any(
             p.requires_grad for p in self.cell.parameters()
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             features = self.implicit(problem)
         layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-        # Copies, not views of one state: what a head does in place stays with that head.
+        # Copies, not views of one state, so that a head may work in place.
         return tuple(
             features[i].to(x.dtype, memory_format=layout, copy=True) for i in self.out_indices
         )
 
     def problem(self, x: Tensor) -> CellProblem:
-        """f bound to a batch of images, (N, in_channels, H, W): what solvers are given.
+        """f bound to a batch of images, (N, in_channels, H, W), as solvers take it.
 
-        Called, it is f: (N, D) -> (N, D). ``maps`` gives the (N, Ci, Hi, Wi) of a state.
+        Calling it evaluates f: (N, D) -> (N, D). ``maps`` returns the (N, Ci, Hi, Wi) of a state.
         """
         channels_last = self.channels_last
         if channels_last == 'auto':
@@ -212,8 +214,8 @@ class MDEQBackbone(BaseModule):
         widths = tuple(shape[0] for shape in problem.shapes)
         if widths != self.channels:
             raise ValueError(
-                f'{type(self.cell).__name__} has scales of {widths} channels and the backbone was '
-                f'built with channels={self.channels}: make them equal, heads go by the latter.'
+                f'{type(self.cell).__name__} has scales of {widths} channels, but the backbone was '
+                f'built with channels={self.channels}: make them equal. Heads expect the latter.'
             )
         return problem
 
@@ -242,16 +244,16 @@ def _call(cell: nn.Module, states: Sequence[Tensor], injection: Tensor) -> list[
 
 
 def _compiled_call(name: str, options: bool | Config) -> Callable[..., list[Tensor]] | None:
-    """How the cell is called where it is compiled."""
+    """The compiled call of the cell; None if it is not compiled."""
     if not isinstance(options, (bool, dict)):
         raise ValueError(
             f'{name}: compile_cell must be True, False or a dict of options of torch.compile, '
             f'got {options!r}.'
         )
-    # A dict without options compiles, too.
+    # An empty dict compiles as well.
     if options is False:
         return None
-    # The adjoint solver repeats it.
+    # The adjoint solver repeats the backward pass.
     allow_repeated_backward()
     return torch.compile(_call, **({} if options is True else options))
 
@@ -262,13 +264,13 @@ def _build_cell(
     """The user's f.
 
     Args:
-        name (str): Who asks, for messages.
+        name (str): The caller's name, for error messages.
         cell (dict | nn.Module): The cell, or its config.
-        options (dict): What ``MDEQCell`` would have been given. It must be left at its defaults.
-        expansion (int, optional): The user's own, without that of ``arch``.
+        options (dict): The options for ``MDEQCell``, which must have their defaults.
+        expansion (int, optional): The value that the user gave, not that of ``arch``.
 
     Raises:
-        TypeError: The user set an option of ``MDEQCell`` alone, or the cell is no cell.
+        TypeError: The user set an option of ``MDEQCell``, or the cell lacks ``state_shapes``.
     """
     defaults = inspect.signature(MDEQCell).parameters
     ours = [k for k, v in options.items() if k not in ('channels', 'expansion')]
@@ -276,14 +278,14 @@ def _build_cell(
     ours += [] if expansion is None else ['expansion']
     if ours:
         raise TypeError(
-            f'{name}: {", ".join(sorted(ours))} describe MDEQCell, and cell={cell!r} takes its '
-            'place. Leave them out, or give them to your cell.'
+            f'{name}: {", ".join(sorted(ours))} are options of MDEQCell, which cell={cell!r} '
+            'replaces. Leave them out, or give them to your cell.'
         )
     built = cell if isinstance(cell, nn.Module) else MODELS.build(cell)
     if not callable(getattr(built, 'state_shapes', None)):
         raise TypeError(
-            f'{name}: cell {type(built).__name__} has no state_shapes(injection), which gives the '
-            '(Ci, Hi, Wi) of its scales.'
+            f'{name}: cell {type(built).__name__} has no state_shapes(injection), which '
+            'returns the (Ci, Hi, Wi) of its scales.'
         )
     return built
 

@@ -84,9 +84,9 @@ class ResidualBlock(nn.Module):
 
 
 def _dense(z: Tensor) -> Tensor:
-    """A map of the flat state in memory of its own, in the dtype that convolutions take.
+    """A map of the flat state, copied to its own memory in the dtype that convolutions take.
 
-    Both its convolution and its sum would make that of it for themselves.
+    Otherwise both its convolution and its sum would make such a copy.
     """
     device = z.device.type
     if device != 'meta' and torch.is_autocast_enabled(device):
@@ -96,7 +96,7 @@ def _dense(z: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
-    """ReLU of the norm of what a convolution gave, and nothing else needs."""
+    """ReLU of the norm of a convolution's result, which may be overwritten."""
     if fusible(norm):
         return norm_relu(x, norm.norm, relu, norm.kernel, inplace=True)
     return F.relu(norm(x), inplace=True) if relu else norm(x)
@@ -111,7 +111,7 @@ def _norm_conv(norm: nn.Module, conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _term(norm: nn.Module, x: Tensor, upsample: bool = False) -> Term:
-    """A normalized map, to be added to others."""
+    """A normalized map, as a term of a sum."""
     return Term(x, norm.norm, upsample) if fusible(norm) else Term(norm(x), None, upsample)
 
 
@@ -131,7 +131,7 @@ class Downsample(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Term:
-        """(N, Cj, Hj, Wj) -> the term of the sum, its last norm left to the sum."""
+        """(N, Cj, Hj, Wj) -> the term of the sum, which applies the last norm."""
         layers = list(self)
         *steps, (conv, norm) = zip(layers[::3], layers[1::3])
         for inner, inner_norm in steps:
@@ -140,7 +140,7 @@ class Downsample(nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """From a lower resolution to a higher: 1x1 convolution and norm at the low one, then resize.
+    """From a lower resolution to a higher: 1x1 convolution and norm at the lower one, then resize.
 
     Args:
         cin, cout (int): Channels of the source and of the target scale.
@@ -173,7 +173,7 @@ class Fusion(nn.Module):
         norm_cfg (dict): Normalization; the last norm takes half the groups.
         weight_norm (bool): Weight-normalize the last convolution.
         upsample (str): Mode of :class:`Upsample`.
-        kernel (str): What computes the sum, one of :data:`mdeq_mm.kernels.KERNELS`.
+        kernel (str): The implementation of the sum, one of :data:`mdeq_mm.kernels.KERNELS`.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class MDEQCell(nn.Module):
         check_choice('MDEQCell', 'upsample', upsample, ('nearest', 'bilinear'))
         self.norm_kernel = check_choice('MDEQCell', 'norm_kernel', norm_kernel, KERNELS)
         for i, c in enumerate(channels):
-            # Before the wider inner norms, whose widths the user never wrote, can complain.
+            # Checked before the inner norms, whose widths the user did not write, can complain.
             check_groups(
                 c, norm_cfg.get('num_groups', 1), f'channels[{i}] with {norm_cfg}', halved=True
             )
@@ -274,8 +274,8 @@ class MDEQCell(nn.Module):
     def state_shapes(self, injection: Tensor) -> list[tuple[int, int, int]]:
         """(Ci, Hi, Wi) per scale, each half the one before, rounded up.
 
-        Asked before a solve: what computes f is loaded here, so that the first solve of a process,
-        as after a resumed checkpoint, does not begin by another arithmetic than the others.
+        Called before a solve, so the implementation of f is loaded here. Otherwise the first solve
+        of a process, as after a resume, could begin with other arithmetic than the following ones.
         """
         resolve(self.norm_kernel, injection.device)
         h, w = injection.shape[-2:]

@@ -37,7 +37,7 @@ class _Bottleneck(nn.Module):
 def _biased_conv(
     cin: int, cout: int, kernel: int, stride: int, norm_cfg: dict[str, Any]
 ) -> nn.Sequential:
-    """Convolution, norm, ReLU. The released nets have a bias before these norms, so we do."""
+    """Convolution, norm, ReLU. As in the released nets, the convolution has a bias."""
     conv = MDEQConv2d(cin, cout, kernel, stride, padding=kernel // 2)
     return nn.Sequential(conv, build_norm_layer(norm_cfg, cout)[1], nn.ReLU(inplace=True))
 

@@ -21,8 +21,8 @@ Config = dict[str, Any]
 class JointHead(BaseModule):
     """A segmentation and a classification head of MM on the features of one backbone.
 
-    "Structurally different supervision flows through multiple heads" (paper, §3.2): both losses
-    are summed, so that one backward pass through the equilibrium serves both tasks.
+    "Structurally different supervision flows through multiple heads" (paper, §3.2): both losses are
+    summed, so one backward pass through the equilibrium serves both tasks.
 
     It is the head of mmpretrain's ``ImageClassifier``, which hands features and data samples to
     its head for losses and predictions alike. mmsegmentation's ``EncoderDecoder`` could train a
@@ -36,8 +36,8 @@ class JointHead(BaseModule):
     Args:
         seg (dict): A decode head of mmsegmentation.
         cls (dict): A classification head of mmpretrain.
-        cls_neck (dict | list[dict], optional): What brings the features to the shape the
-            classification head wants. The segmentation head selects its own.
+        cls_neck (dict | list[dict], optional): Brings the features to the shape that the
+            classification head expects. The segmentation head selects its own.
         init_cfg (dict | list, optional): MM's initialization.
     """
 
@@ -84,7 +84,7 @@ class JointHead(BaseModule):
         if data_samples is None:
             raise ValueError(
                 'JointHead.predict needs data_samples: their img_shape and ori_shape are the size '
-                "of the map. Take mode='tensor' for logits without them."
+                "of the map. Use mode='tensor' for logits without them."
             )
         metas = [sample.metainfo for sample in data_samples]
         maps = self.seg_head.predict(features, metas, dict())
@@ -100,7 +100,7 @@ class JointHead(BaseModule):
         return data_samples
 
     def _label_map(self, logits: Tensor, meta: dict[str, Any]) -> Tensor:
-        """(K, H, W) of the padded picture -> labels (1, H0, W0) of the picture as it was read."""
+        """(K, H, W) of the padded image -> labels (1, H0, W0) of the image as it was read."""
         rows, columns = meta['img_shape'][:2]
         logits = F.interpolate(
             logits[None, :, :rows, :columns],
@@ -114,15 +114,15 @@ class JointHead(BaseModule):
 @TRANSFORMS.register_module()
 @checks_options
 class PresentClasses(BaseTransform):
-    """Multi-label classification from segmentation: which classes does the map contain?
+    """Multi-label classification from segmentation: the classes that a map contains.
 
-    Stands after ``PackSegInputs`` and adds ``gt_score``, the field in which mmpretrain's
-    multi-label heads and metrics expect the answer, to its data sample. After every crop, so the
-    labels are those of what the network sees.
+    Put it after ``PackSegInputs``. It adds ``gt_score``, where mmpretrain's multi-label heads and
+    metrics expect the labels, to the data sample. The labels are those of the crop that the network
+    sees.
 
     Args:
-        num_classes (int): Classes 0 to ``num_classes - 1`` count; the map's higher labels, say a
-            background in the last place, and 255 for void, do not.
+        num_classes (int): Classes 0 to ``num_classes - 1`` count; higher labels of the map, such as
+            a background in the last place and 255 for void, do not.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -13,7 +13,7 @@ from ..options import check_int, check_number, checks_options
 
 
 def _odeint_adjoint() -> Callable[..., Tensor]:
-    """torchdiffeq's integrator, imported where it is used: no other model needs the package."""
+    """torchdiffeq's integrator, imported only here because no other model needs the package."""
     try:
         from torchdiffeq import odeint_adjoint
     except ImportError as error:
@@ -25,15 +25,15 @@ def _odeint_adjoint() -> Callable[..., Tensor]:
 
 
 def _with_time(t: Tensor, z: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C + 1, H, W): a last channel that is t everywhere."""
+    """(N, C, H, W) -> (N, C + 1, H, W): the last channel is t everywhere."""
     return torch.cat([z, t.to(z.dtype).expand(len(z), 1, *z.shape[2:])], dim=1)
 
 
 class ConvODEFunction(nn.Module):
-    """dz/dt = h(t, z): three convolutions, each of which sees the time as one more channel.
+    """dz/dt = h(t, z): three convolutions, each with the time as an additional channel.
 
-    Nothing in it normalizes: h must be smooth enough in z for a solution to exist, and batch
-    statistics would make one image's path depend on the others'.
+    There is no normalization: h must be smooth enough in z for a solution to exist, and batch
+    statistics would make an image's path depend on the other images.
 
     Args:
         channels (int): Channels of the state.
@@ -89,7 +89,7 @@ class NeuralODEBackbone(BaseModule):
         self.augment_channels = check_int(name, 'augment_channels', augment_channels, 0)
         check_int(name, 'hidden_channels', hidden_channels, 1)
         self.tol = check_number(name, 'tol', tol, 0, open_low=True)
-        # A missing package is found when the model is built, not when its first batch arrives.
+        # A missing package is reported when the model is built, not at its first batch.
         _odeint_adjoint()
         self.function = ConvODEFunction(in_channels + augment_channels, hidden_channels)
 

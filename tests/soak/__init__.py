@@ -1,4 +1,4 @@
-"""A randomized run of what users do and of what goes wrong, for use before a release.
+"""A randomized run of user actions and faults, for use before a release.
 
     make soak MINUTES=20 SEED=7                   # python -m tests.soak --minutes 20 --seed 7
     python -m tests.soak --seed 7 --case 31       # one case of it again

@@ -76,7 +76,7 @@ def evaluate(case: Case) -> None:
 
 
 def copies(case: Case) -> None:
-    """A deep copy and a moving average predict as the model and own their weights."""
+    """A deep copy and a moving average predict like the model and own their weights."""
     wanted = case.features()
     twin = copy.deepcopy(case.model)
     average = ExponentialMovingAverage(case.model, momentum=0.3)
@@ -168,7 +168,7 @@ def other_resolution(case: Case) -> None:
 
 
 def other_solver(case: Case) -> None:
-    """Another number of evaluations or another method, on the fly."""
+    """Another number of evaluations or another solver, set on the live model."""
     layer = case.backbone.implicit
     before = layer.solver, layer.eval_solver, layer.unrolled_layers
     cfg = draw_solver(case.rng, max_iter=20)
@@ -196,7 +196,7 @@ def input_gradient(case: Case) -> None:
 
 
 def one_by_one(case: Case) -> None:
-    """A batch gives what its images give one by one."""
+    """A batch gives the same as its images one by one."""
     parts = [[index] for index in range(len(case.images))]
     compare_in_double(case, case.images, parts)
 

@@ -1,4 +1,4 @@
-"""What a case is: a random model with its batch, and what holds for it at any time."""
+"""A case: a random model with its batch, and the invariants that always hold."""
 
 import contextlib
 import copy
@@ -51,7 +51,7 @@ def require_equal(got: Any, wanted: Any, what: str) -> None:
 
 
 def is_finite(tensors: Any) -> bool:
-    """Whether no tensor, None left out, holds nan or an infinity."""
+    """Whether all tensors are finite; None is skipped."""
     return all(torch.isfinite(t).all() for t in tensors if t is not None)
 
 
@@ -69,7 +69,7 @@ def draw_solver(rng: random.Random, kinds: tuple = SOLVERS, max_iter: int = 12) 
 
 
 def draw_gradient(rng: random.Random, forward: str) -> dict:
-    """Config of a gradient that goes with the forward solver of that name."""
+    """Config of a gradient that fits the forward solver of that name."""
     choices = [
         dict(type='ImplicitGradient', solver=draw_solver(rng)),
         dict(type='TruncatedGradient', steps=rng.randint(1, 4)),
@@ -197,7 +197,7 @@ class Case:
         return MODELS.build(copy.deepcopy(self.config)).to(self.dtype)
 
     def describe(self) -> str:
-        """What was drawn, on a few lines."""
+        """A description of the drawn case, in a few lines."""
         shape = tuple(self.images.shape)
         return f'{self.task}, {self.precision}, images {shape}\n{self.config["backbone"]}'
 
@@ -251,7 +251,7 @@ class Case:
             return backbone(self.images if images is None else images)
 
     def gradients(self, seed: int, model: nn.Module = None) -> list:
-        """Loss and gradients of a training step that is not taken."""
+        """Loss and gradients of a training step, without the step."""
         model = self.model if model is None else model
         model.train()
         torch.manual_seed(seed)
@@ -260,7 +260,7 @@ class Case:
         return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)]
 
     def check(self) -> None:
-        """What holds whenever nothing is wrong with weights and images."""
+        """Invariants that hold if weights and images are valid."""
         require(is_finite(self.model.state_dict().values()), 'weights or statistics not finite')
         outs = self.features()
         height, width = self.size
@@ -277,7 +277,7 @@ class Case:
         require(parametrize._cache_enabled == 0 and not parametrize._cache, 'cached weights left')
 
     def owned(self) -> list:
-        """The tensors a case has a right to keep."""
+        """The tensors that a case may keep."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         tensors += [self.images, self.labels, self.maps]
         for module in self.model.modules():
@@ -293,7 +293,7 @@ class Case:
 
 
 def check_stats(stats: SolverStats | None, solver: Solver | Any) -> None:
-    """Status, residual and number of evaluations tell the same story."""
+    """Status, residual and number of evaluations are consistent."""
     if stats is None:
         return
     status, residual, num_iter = stats.status, stats.residual, stats.num_iter

@@ -1,4 +1,4 @@
-"""What goes wrong around a model, and what has to hold all the same."""
+"""Faults around a model, and what must hold nevertheless."""
 
 import contextlib
 import copy
@@ -45,7 +45,7 @@ def spoil(image: Tensor, value: float | str) -> None:
 
 
 def bad_image(value: float | str) -> Callable[[Case], None]:
-    """One image of the batch is bad: its batch-mates do not notice, and the step is flagged."""
+    """One image of the batch is bad: the others are unaffected, and the step is flagged."""
 
     def fault(case: Case) -> None:
         bad = case.rng.randrange(len(case.images))
@@ -53,7 +53,7 @@ def bad_image(value: float | str) -> Callable[[Case], None]:
         dirty = case.images.clone()
         spoil(dirty[bad], value)
         layer = case.backbone.implicit
-        # What float16 cannot hold is as good as infinite.
+        # What float16 cannot represent counts as infinite.
         seen = dirty.half() if case.precision == 'fp16 autocast' else dirty
         broken = not is_finite([seen])
         wanted, stats = case.features(), layer.forward_stats
@@ -195,7 +195,7 @@ def one_evaluation(case: Case) -> None:
 
 
 class Broken(Exception):
-    """What an f raises in the middle of a solve."""
+    """An exception that f raises in the middle of a solve."""
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ MAX_GROWTH_MB, SETTLED_AFTER = 256, 30
 
 
 def live_tensors(case: Case) -> int:
-    """Tensors alive that the case has no right to keep."""
+    """Live tensors that the case may not keep."""
     owned = {id(tensor) for tensor in case.owned()}
     gc.collect()
     # By type: some objects answer isinstance by importing what they stand for.
@@ -100,7 +100,7 @@ class Report:
 
 
 def run_case(report: Report, index: int, folder: Path) -> None:
-    """One case; what does not hold ends it and goes into the report."""
+    """One case; a violation ends it and goes into the report."""
     report.cases += 1
     case, what = None, 'construction'
     try:

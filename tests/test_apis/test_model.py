@@ -1,4 +1,4 @@
-"""The MDEQ of a model found, and solved with other budgets for a while."""
+"""Finding the MDEQ of a model, and solving it with other budgets temporarily."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints: what is plain data loads, what could run code does not."""
+"""Checkpoints: plain data loads, and files that could run code do not."""
 
 import collections
 import os

@@ -54,8 +54,8 @@ def test_class_weights_go_with_ignored_pixels(monkeypatch, average):
     module = pytest.importorskip('mmseg.models.losses.cross_entropy_loss')
     original = getattr(module.cross_entropy, '__wrapped__', module.cross_entropy)
     monkeypatch.setattr(module, 'cross_entropy', original)
-    compat.mend_class_weights()
-    compat.mend_class_weights()
+    compat.patch_class_weights()
+    compat.patch_class_weights()
     assert module.cross_entropy.__wrapped__ is original
     weights = [1.0, 4.0]
     loss = module.CrossEntropyLoss(class_weight=weights, avg_non_ignore=average)

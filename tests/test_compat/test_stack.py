@@ -19,7 +19,7 @@ UPSTREAM = ('mmengine', 'mmcv', 'mmsegmentation', 'mmpretrain')
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Makes the process believe that exactly these OpenMMLab distributions are installed."""
+    """Pretends that exactly these OpenMMLab distributions are installed."""
 
     def pretend(*installed, modules=None, others=('numpy', 'torch')):
         present = {MODULE_OF[name] for name in installed} if modules is None else set(modules)
@@ -95,7 +95,7 @@ def test_a_broken_stack_is_named_with_its_remedy(environment, installed, named, 
         compat.check_stack()
     message = str(caught.value)
     assert named in message
-    assert message.endswith(f'Mend it with: {command}')
+    assert message.endswith(f'Fix it with: {command}')
     assert 'python -m mdeq_mm.check' in message
     assert '\n' not in message
 
@@ -168,7 +168,7 @@ def test_check_answers_where_the_package_cannot_be_imported(python_without, hidd
             assert 'missing, needed by' in next(
                 line for line in table.splitlines() if line.startswith(f'{module} ')
             )
-    assert 'Mend it with: pip ' in rest and hidden.split()[0] in rest
+    assert 'Fix it with: pip ' in rest and hidden.split()[0] in rest
 
 
 # The gradient of sum(z*) for z = A z + x: (I - A')^-1 applied to ones.
@@ -207,7 +207,7 @@ def test_a_user_of_a_broken_environment_is_sent_to_the_check(python_without, mod
     done = python_without(module, '-c', 'import mdeq_mm')
     last = done.stderr.splitlines()[-1]
     assert done.returncode and last.startswith('ImportError: ')
-    assert 'python -m mdeq_mm.check' in last and 'Mend it with: pip' in last
+    assert 'python -m mdeq_mm.check' in last and 'Fix it with: pip' in last
 
 
 def test_a_module_that_is_there_and_broken_is_named(python_without, tmp_path):
@@ -216,7 +216,7 @@ def test_a_module_that_is_there_and_broken_is_named(python_without, tmp_path):
     (tmp_path / 'mmcv/__init__.py').write_text("raise ImportError('libmade_up.so: not found')\n")
     done = python_without('', '-m', 'mdeq_mm.check')
     assert done.returncode == 1 and not done.stderr
-    assert 'mmcv is there but cannot be imported: ImportError: libmade_up.so' in done.stdout
+    assert 'mmcv is installed but cannot be imported: ImportError: libmade_up.so' in done.stdout
     done = python_without('', '-c', 'import mdeq_mm')
     assert done.returncode and 'libmade_up.so' in done.stderr.splitlines()[-1]
     assert 'python -m mdeq_mm.check' in done.stderr.splitlines()[-1]

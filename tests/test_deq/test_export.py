@@ -1,4 +1,4 @@
-"""A net of one's own around an ImplicitLayer leaves Python with a dynamic batch."""
+"""A user's net around an ImplicitLayer is exported with a dynamic batch."""
 
 from functools import partial
 

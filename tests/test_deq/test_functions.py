@@ -1,4 +1,4 @@
-"""The user's own f in plain torch: what it may be, and what is said where it may not."""
+"""The user's own f in plain torch: what it may be, and the errors for what it may not."""
 
 import warnings
 from collections import namedtuple
@@ -397,7 +397,7 @@ def test_an_f_that_differentiates_without_enabling_grad_is_told_so():
         EXACT(lambda z: -torch.autograd.grad((z**2).sum(), z)[0], torch.zeros(2, 3))
 
 
-# What cannot work, in one sentence.
+# What cannot work gives an error of one sentence.
 
 
 def test_an_f_in_another_dtype_than_its_start():

@@ -1,4 +1,4 @@
-"""f is one function during a forward pass, and that of no other pass, thread or caller."""
+"""f is one function during a forward pass, independent of other passes, threads and callers."""
 
 import copy
 import warnings
@@ -89,7 +89,7 @@ def make_map(*args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def float64():
-    """Only an error is seen, and no rounding."""
+    """In float64, so that only errors are seen and not rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -302,7 +302,7 @@ def test_activation_checkpointing_inside_f_leaves_the_gradient_as_it_is(make, fo
 
 
 def test_two_passes_with_checkpoints_keep_their_own_weights():
-    """A backward that repeats f does so with the weights of its forward, as autograd has it."""
+    """A backward pass that repeats f uses the weights of its forward pass, as in autograd."""
     net, layer = make_map(checkpointed=True), LAYERS['phantom']()
     starts = torch.zeros(4, 6), torch.ones(4, 6)
     single = [torch.autograd.grad(loss_of(layer(net, s)), list(net.parameters())) for s in starts]

@@ -53,7 +53,7 @@ def jacobians(w, x, z):
 
 @every_gradient
 def test_penalty_and_its_gradient_are_those_of_the_dense_jacobian(parts, gradient):
-    """At z* held fixed, as the penalty takes it; v is what the layer drew."""
+    """At fixed z*, like the penalty; v is the layer's draw."""
     w, x = parts
     layer = layer_of(gradient, weight=0.7, samples=2)
     torch.manual_seed(3)
@@ -130,7 +130,7 @@ def test_penalties_of_two_passes_add_up(parts):
 
 
 def test_the_iteration_decides_whether_there_is_a_penalty(parts):
-    """With an iteration's seed, whatever the process drew before; as often as asked for."""
+    """With an iteration's seed, independent of earlier draws, and with the given probability."""
     w, x = parts
     layer = layer_of(weight=1.0, probability=0.3)
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show, and what it has to share with a CPU.
+"""Tests that need a GPU, and tests that run on CPU and GPU.
 
 Tests that take ``device`` run on the CPU as well, in the ordinary suite, so that they are known to
 work before a GPU is there. `make gpu` runs the others, and these on the GPU.

@@ -148,7 +148,7 @@ def test_warmup_without_an_mdeq_is_an_error(tmp_path):
         def forward(self, inputs, mode='tensor'):
             return dict(loss=self.layer.weight.sum())
 
-    with pytest.raises(ValueError, match='no MDEQBackbone'):
+    with pytest.raises(ValueError, match='found no equilibrium in the model: neither MDEQBackbone'):
         run(tmp_path, Plain(), [MDEQWarmupHook(unrolled_iters=2)])
 
 

@@ -1,4 +1,4 @@
-"""A batch that gives no finite gradient leaves nothing behind."""
+"""A batch without a finite gradient changes nothing."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What an iteration draws depends on run, rank and iteration, not on what was drawn before."""
+"""The draws of an iteration depend on run, rank and iteration, not on earlier draws."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What surrounds an operation: gradients wanted or not, compilers, exports, threads, memory."""
+"""Operations in use: with and without gradients, compilers, exports, threads, memory."""
 
 import copy
 import functools
@@ -400,7 +400,7 @@ def test_without_a_compiler_torch_computes_and_one_line_says_why(
             assert resolve(kernel, 'cpu') == 'native'
     assert torch.equal(y, norm_relu(x, Norm(2), kernel='native'))
     (line,) = said(caplog)
-    assert "no C++ compiler 'no-such-compiler'" in line and 'by torch alone' in line
+    assert "no C++ compiler 'no-such-compiler'" in line and 'f runs on torch operators' in line
 
 
 def test_without_ninja(unbuilt, monkeypatch, caplog):

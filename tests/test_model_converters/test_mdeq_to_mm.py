@@ -1,4 +1,4 @@
-"""The converter: every key style, the same function, and nothing written unless all is well."""
+"""The converter: every key style, the same function, and no output file after an error."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Bad input, odd shapes, life inside a framework, hostile files."""
+"""Bad input, odd shapes, use inside a framework, hostile files."""
 
 from typing import Any
 

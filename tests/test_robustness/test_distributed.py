@@ -1,4 +1,4 @@
-"""Two processes on CPUs (gloo) do what one process does with both their batches."""
+"""Two processes on CPUs (gloo) give the result of one process with both their batches."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a framework does with a model: copy, average, save, checkpoint, compile, export, repeat."""
+"""Use of a model by a framework: copy, average, save, checkpoint, compile, export, repeat."""
 
 import copy
 import ctypes
@@ -47,7 +47,7 @@ def plain_weights(net):
 
 
 class Segmentor(BaseModel):
-    """The least that a Runner trains."""
+    """The smallest model that a Runner trains."""
 
     def __init__(self, backbone):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files that lie, are cut off, or are not there; settings that are wrong."""
+"""Hostile, truncated and missing files; wrong settings."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Killed while training, then resumed: as if nothing had happened, to the last bit.
+"""Killed while training, then resumed: equal to an uninterrupted run, to the last bit.
 
 Each run is a process of its own, forked from a server that has imported what training needs.
 """

@@ -1,4 +1,4 @@
-"""Bad numbers: what is finite stays finite, what is not says so, and a batch-mate never notices."""
+"""Bad numbers: finite stays finite, non-finite is reported, other images are unaffected."""
 
 import pytest
 import torch

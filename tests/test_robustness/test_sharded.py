@@ -1,4 +1,4 @@
-"""FSDP in both its forms, in one process: one step leads where it leads without."""
+"""FSDP in both its forms, in one process: a step gives the same weights as without it."""
 
 import pytest
 import torch

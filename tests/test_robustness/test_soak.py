@@ -1,4 +1,4 @@
-"""A short soak, the same at every run, and that a soak finds what is broken."""
+"""A short soak with a fixed seed, and checks that a soak finds defects."""
 
 import pytest
 import torch

@@ -253,7 +253,7 @@ def test_a_stop_stops_what_runs_and_begins_nothing_more(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line in ('started', 'stopped')]
     assert lines == ['started', 'stopped'], done.stdout + done.stderr
-    assert 'the same command goes on' in done.stderr and done.returncode == 1
+    assert 'the same command continues' in done.stderr and done.returncode == 1
 
 
 # --- Tables and pictures ----------------------------------------------------------------------

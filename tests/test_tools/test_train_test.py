@@ -368,7 +368,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tiny, seg_options):
     [
         ('seg.py', ['--out', 'x', '--out-item', 'pred'], '--out-item'),
         ('cls.py', ['--out', 'x.txt'], 'x.txt: want a file ending in .pkl'),
-        ('cls.py', ['--show-dir', 'x', '--tta'], 'cannot paint with --tta'),
+        ('cls.py', ['--show-dir', 'x', '--tta'], 'does not work with --tta'),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(tiny, config, flags, message):

@@ -1,4 +1,4 @@
-"""What each call of f buys: a checkpoint's metrics by the calls its solver is allowed."""
+"""Metrics and residual of a checkpoint by the evaluations of f that its solver may spend."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-# The solver's own report, which is drawn for every metric.
+# The solver's own residual, which is drawn below every metric.
 RESIDUAL = 'deq_residual'
 
 
@@ -34,16 +34,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--nfe', type=int, nargs='+', default=[2, 4, 8, 12, 16, 20, 26], help='max_iter to try'
     )
-    parser.add_argument('--metric', help='metric to draw; by default the first one')
+    parser.add_argument('--metric', help='metric to draw (default: the first one)')
     parser.add_argument(
         '--out',
         default='work_dirs/accuracy_vs_nfe.png',
-        help='picture; numbers go beside it, as .json (default: %(default)s)',
+        help='image to write; numbers go into a .json file beside it',
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
     if min(args.nfe) < 1:
-        parser.error(f'--nfe {min(args.nfe)}: at least one call of f')
+        parser.error(f'--nfe {min(args.nfe)}: must be at least 1')
     return args
 
 
@@ -65,18 +65,18 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
-    """Test once for each count of calls.
+    """Test once for each number of evaluations.
 
     Returns:
-        For each: ``nfe`` (the count allowed), the metrics, and the solver's ``deq_*`` where the
-        config has a SolverStatsHook.
+        For each: ``nfe`` (the number allowed), the metrics, and the solver's ``deq_*`` if the
+            config has a SolverStatsHook.
 
     Raises:
         ValueError: If the model has no equilibrium, or several.
     """
     implicit = find_backbone(runner.model).implicit
     if implicit.unrolled_layers:
-        raise ValueError(f'this net unrolls {implicit.unrolled_layers} layers; it solves nothing')
+        raise ValueError(f'this net unrolls {implicit.unrolled_layers} layers and has no solver')
     found = []
     for count in counts:
         with evaluations_allowed(implicit, count):
@@ -89,7 +89,7 @@ def measure(runner: Runner, counts: list[int]) -> list[dict[str, float]]:
 
 
 def paint(rows: list[dict[str, float]], metric: str, path: Path) -> None:
-    """The metric, and the residual under it, against the calls allowed."""
+    """The metric, and below it the residual, against the evaluations allowed."""
     figure = Figure(figsize=(6, 4.5), layout='constrained')
     names = [metric] + ([RESIDUAL] if RESIDUAL in rows[0] else [])
     plots = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -99,12 +99,12 @@ def paint(rows: list[dict[str, float]], metric: str, path: Path) -> None:
         plot.grid(alpha=0.3)
         if name == RESIDUAL:
             plot.set_yscale('log')
-    plots[-1].set_xlabel('calls of f allowed')
+    plots[-1].set_xlabel('evaluations of f allowed')
     figure.savefig(path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
-    """Measure, print, and keep numbers and picture.
+    """Measure, print, and write numbers and image.
 
     Returns:
         What :func:`measure` found.

@@ -1,9 +1,9 @@
 """Count parameters and operations: of the stem, of one evaluation of f, of the head, and of all.
 
-Counted are convolutions and matrix products, in multiply-adds (MAC), which OpenMMLab's tables call
+Convolutions and matrix products are counted, in multiply-adds (MAC), which OpenMMLab's tables call
 FLOPs, and in floating-point operations (FLOP), two for each. Nothing is computed: the model lives
-on the meta device, so an image of any size takes no memory. The solver may stop before max_iter,
-so the last row is an upper bound.
+on the meta device, so an image of any size takes no memory. The solver may stop before max_iter, so
+the last row is an upper bound.
 """
 
 import argparse
@@ -41,9 +41,9 @@ class Cost:
     Attributes:
         stem, evaluation, head: (parameters, FLOP) of stem and injection, of one evaluation of f,
             and of neck and head.
-        nfe: Evaluations of f in a forward pass at most, with the one that follows the solve.
+        nfe: Most evaluations of f in a forward pass, including the one after the solve.
         state: Numbers in the state z.
-        history: Bytes that the solver keeps beside it.
+        history: Bytes that the solver keeps in addition.
     """
 
     stem: tuple[int, int]
@@ -72,7 +72,7 @@ class Cost:
             for name, count, flop in rows
         ]
         history = f'{self.history / 1e6:.1f} MB'
-        lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} beside it')
+        lines.append(f'state z: {self.state:,} numbers; the solver keeps {history} in addition')
         return '\n'.join(lines)
 
 
@@ -82,7 +82,7 @@ def _parameters(*modules: nn.Module) -> int:
 
 @torch.no_grad()
 def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cost:
-    """Count for one image of (H, W); auxiliary heads, which serve training alone, left out.
+    """Count for one image of (H, W), without auxiliary heads, which only serve training.
 
     Args:
         model: A segmentor or classifier of MM on the meta device, with one MDEQ.
@@ -94,7 +94,7 @@ def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cos
     """
     backbone = find_backbone(model)
     implicit = backbone.implicit
-    # Those of the solver and one more; as many as there are layers where they are unrolled.
+    # Those of the solver and one more; in an unrolled net, the number of layers.
     solver = None if implicit.unrolled_layers else implicit.current_solver
     x = torch.zeros(1, in_channels, *shape, device='meta')
     problem, stem = _flop(lambda: backbone.problem(x))
@@ -118,14 +118,14 @@ def count(model: nn.Module, shape: tuple[int, int], in_channels: int = 3) -> Cos
 
 
 def _history(solver: Solver, start: Tensor) -> int:
-    """Bytes of the tensors that a solve from a state (1, D) on the meta device keeps beside it."""
+    """Bytes that a solve keeps in addition to its state (1, D), on the meta device."""
     state = solver.init(start)
     tensors = [v for v in vars(state).values() if isinstance(v, Tensor)] if state else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _flop(function: Callable[[], Any]) -> tuple[Any, int]:
-    """What a function returns, and the operations it took."""
+    """The result of a function, and the operations it took."""
     with FlopCounterMode(display=False) as counter:
         value = function()
     return value, counter.get_total_flops()

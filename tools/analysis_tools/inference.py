@@ -1,7 +1,7 @@
-"""Predict one picture: an overlay for segmentation, the five best classes for classification.
+"""Predict one image: an overlay for segmentation, the five best classes for classification.
 
-With --equilibrium the picture shows the prediction as the equilibrium forms, call by call: the
-solver is stopped after 1, 2, ... calls of f, and the head reads what it has found by then.
+With --equilibrium the result shows the prediction as the equilibrium forms: the solver is stopped
+after 1, 2, ... evaluations of f, and the head reads the iterate found so far.
 """
 
 import argparse
@@ -29,24 +29,27 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-# Steps of a test pipeline that read labels, which a single picture does not have.
+# Steps of a test pipeline that read labels, which a single image does not have.
 LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('img', help='picture')
+    parser.add_argument('img', help='image file')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', default='work_dirs/prediction.png', help='picture to write')
+    parser.add_argument(
+        '--out', default='work_dirs/prediction.png', help='image to write (default: %(default)s)'
+    )
     parser.add_argument(
         '--equilibrium',
         nargs='?',
         type=int,
         const=0,
-        metavar='CALLS',
-        help="paint the prediction after each of so many calls of f (default: the config's)",
+        metavar='N',
+        help='show the prediction after 1, 2, ... N evaluations of f (without N: as many as the '
+        'config allows)',
     )
     parser.add_argument('--opacity', type=float, default=0.6, help='of the painted classes')
     add_cfg_options(parser)
@@ -59,18 +62,18 @@ def read_picture(path: str) -> np.ndarray:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no picture.
+        ValueError: If it is not an image.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'picture {path} does not exist')
+        raise FileNotFoundError(f'image {path} does not exist')
     picture = mmcv.imread(path, channel_order='rgb')
     if picture is None:
-        raise ValueError(f'{path} is not a picture that can be read')
+        raise ValueError(f'{path} is not a readable image')
     return picture
 
 
 def prepare(cfg: Config, path: str, picture: np.ndarray) -> dict[str, Any]:
-    """Make the batch of one picture that the config's test pipeline would make."""
+    """Make the batch of one image that the config's test pipeline would make."""
     steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
     size = picture.shape[:2]
     # Data sets that hold arrays, as CIFAR-10 does, load no file, and the arrays are RGB.
@@ -81,24 +84,23 @@ def prepare(cfg: Config, path: str, picture: np.ndarray) -> dict[str, Any]:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: dict[str, Any]) -> BaseDataElement:
-    """Give the data sample with the model's predictions in it."""
+    """The data sample with the model's predictions."""
     return model.test_step(deepcopy(data))[0]
 
 
 def predict_by_calls(
     model: nn.Module, data: dict[str, Any], calls: int
 ) -> list[tuple[BaseDataElement, float | None]]:
-    """Predict with the solver stopped after 1, 2, ..., ``calls`` calls of f.
+    """Predict with the solver stopped after 1, 2, ..., ``calls`` evaluations of f.
 
     Returns:
-        For each the prediction and the relative residual; None for an unrolled net, which
-        measures none.
+        For each, the prediction and the relative residual, which is None for an unrolled net.
     """
     implicit = find_backbone(model).implicit
     calls = calls or implicit.unrolled_layers or implicit.current_solver.max_iter
     found = []
     for number in range(1, calls + 1):
-        # From the beginning, also where a solve otherwise starts at the last equilibrium.
+        # From zeros, even if a solve normally starts at the last equilibrium.
         implicit.start.reset()
         with evaluations_allowed(implicit, number):
             sample = predict(model, data)
@@ -108,7 +110,7 @@ def predict_by_calls(
 
 
 def class_names(model: nn.Module, count: int) -> list[str]:
-    """Names of the classes, or their numbers where no names are known."""
+    """Names of the classes, or their numbers if no names are known."""
     names = model.dataset_meta.get('classes')
     return list(map(str, names)) if names else [f'class {i}' for i in range(count)]
 
@@ -116,12 +118,12 @@ def class_names(model: nn.Module, count: int) -> list[str]:
 def overlay(
     model: nn.Module, picture: np.ndarray, sample: BaseDataElement, opacity: float, legend: bool
 ) -> np.ndarray:
-    """(H, W, 3) the picture with its classes painted over it, as mmsegmentation paints."""
+    """(H, W, 3), the image with its classes painted over it, as mmsegmentation does."""
     from mmseg.visualization import SegLocalVisualizer
 
     visualizer = SegLocalVisualizer(vis_backends=None, save_dir=None, alpha=opacity)
     names = model.dataset_meta.get('classes') or [str(i) for i in range(256)]
-    # Without a palette, colours that are the same each time.
+    # Without a palette, colours that are the same in every run.
     colours = np.random.default_rng(0).integers(0, 256, (len(names), 3)).tolist()
     palette = model.dataset_meta.get('palette') or colours
     visualizer.dataset_meta = dict(classes=names, palette=palette)
@@ -138,7 +140,7 @@ def best(sample: BaseDataElement, names: list[str], count: int = 5) -> list[tupl
 
 
 def paint_classes(picture: np.ndarray, ranking: list[tuple[str, float]]) -> Figure:
-    """The picture beside bars of the best classes."""
+    """The image beside bars of the best classes."""
     figure = Figure(figsize=(7, 2.8), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     left.imshow(picture)
@@ -152,15 +154,15 @@ def paint_classes(picture: np.ndarray, ranking: list[tuple[str, float]]) -> Figu
 
 
 def _title(number: int, residual: float | None) -> str:
-    calls = f'{number} call{"s" if number > 1 else ""}'
+    calls = f'{number} evaluation{"s" if number > 1 else ""}'
     return calls if residual is None else f'{calls}, residual {residual:.1e}'
 
 
 def paint_maps_by_calls(
     model: nn.Module, picture: np.ndarray, found: list[tuple], opacity: float
 ) -> Figure:
-    """A tile for each number of calls, the picture first."""
-    tiles = [('picture', picture)]
+    """A tile for each number of evaluations, after the image itself."""
+    tiles = [('image', picture)]
     for number, (sample, residual) in enumerate(found, start=1):
         tile = overlay(model, picture, sample, opacity, legend=False)
         tiles.append((_title(number, residual), tile))
@@ -178,7 +180,7 @@ def paint_maps_by_calls(
 
 
 def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[str]) -> Figure:
-    """The picture, and the scores of the classes that are best in the end against calls of f."""
+    """The image, and the scores of the finally best classes against evaluations of f."""
     last = found[-1][0].pred_score
     labels = last.topk(min(5, len(last))).indices.tolist()
     scores = torch.stack([sample.pred_score.cpu() for sample, _ in found])
@@ -191,18 +193,18 @@ def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[s
     calls = range(1, len(found) + 1)
     for label in labels:
         middle.plot(calls, scores[:, label], marker='.', label=names[label])
-    middle.set(xlabel='calls of f', ylabel='score', ylim=(-0.02, 1.02))
+    middle.set(xlabel='evaluations of f', ylabel='score', ylim=(-0.02, 1.02))
     middle.xaxis.set_major_locator(MaxNLocator(integer=True))
     middle.legend(fontsize=8)
     if with_residual:
         right[0].plot(calls, residuals, marker='.', color='black')
-        right[0].set(xlabel='calls of f', ylabel='relative residual', yscale='log')
+        right[0].set(xlabel='evaluations of f', ylabel='relative residual', yscale='log')
         right[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def paint(model: nn.Module, picture: np.ndarray, data: dict, args: argparse.Namespace) -> None:
-    """Predict as the command line says and write the picture."""
+    """Predict as the command line says and write the resulting image."""
     segments = 'pred_sem_seg' in (sample := predict(model, data))
     found = None
     if args.equilibrium is not None:
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.equilibrium is not None:
             find_backbone(model)
             if args.equilibrium < 0:
-                raise ValueError('--equilibrium CALLS must be at least 1')
+                raise ValueError('--equilibrium N must be at least 1')
     paint(model, picture, prepare(cfg, args.img, picture), args)
     print(args.out)
 

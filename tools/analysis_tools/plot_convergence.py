@@ -3,7 +3,7 @@
 For some batches of the config's test data, Broyden, Anderson and plain iteration solve the same
 z = f(z) with the same number of evaluations of f. The plot shows the relative residual
 |f(z) - z| / |f(z)| of the iterate at each evaluation: the mean over the batches, and from the
-lowest to the highest of them. The numbers go into a JSON file beside the picture.
+lowest to the highest of them. The numbers go into a JSON file beside the image.
 """
 
 import argparse
@@ -44,10 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint; random weights without')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint file (default: random weights)')
     parser.add_argument('--batches', type=int, default=5, help='batches of the test data')
-    parser.add_argument('--nfe', type=int, default=30, help='evaluations of f for each solver')
-    parser.add_argument('--memory', type=int, default=10, help='steps Broyden and Anderson keep')
+    parser.add_argument('--nfe', type=int, default=30, help='evaluations of f per solver')
+    parser.add_argument(
+        '--memory', type=int, default=10, help='steps that Broyden and Anderson keep'
+    )
     parser.add_argument('--out', default='work_dirs/convergence.png', help='picture to write')
     add_cfg_options(parser)
     add_device_argument(parser)
@@ -58,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_solvers(nfe: int, memory: int) -> dict[str, Solver]:
-    """Give the solvers by name, none of which stops before ``nfe`` evaluations."""
+    """The solvers by name; none of them stops before ``nfe`` evaluations."""
     limits = dict(max_iter=nfe, tol=0)
     return {
         'Broyden': LimitedMemoryBroyden(memory=memory, **limits),
@@ -69,7 +71,7 @@ def make_solvers(nfe: int, memory: int) -> dict[str, Solver]:
 
 @dataclass
 class Record:
-    """How several solvers approached the same equilibria.
+    """How the solvers approached the same equilibria.
 
     Attributes:
         traces: By solver, for each batch (T, 1 + S): residuals at each evaluation of f, over all
@@ -97,7 +99,7 @@ def residuals(f: Problem, solver: Solver) -> tuple[Tensor, Tensor]:
         return fz
 
     z = solve(recorded, f.start, solver).z
-    # A solve that gave up (diverged) made fewer evaluations: the rest stays unknown.
+    # A solve that diverged made fewer evaluations: the rest stays unknown.
     rows += [torch.full_like(rows[0], float('nan'))] * (solver.max_iter - len(rows))
     return torch.stack(rows).cpu(), z
 
@@ -131,7 +133,7 @@ def record(args: argparse.Namespace) -> Record:
 
 
 def paint(record: Record, path: Path) -> None:
-    """One plot for all scales together and one for each, with a curve for each solver."""
+    """One plot for all scales together and one per scale, with a curve for each solver."""
     titles = ['all scales'] + ['scale {}: {}×{}×{}'.format(*s) for s in _numbered(record.shapes)]
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
@@ -166,14 +168,14 @@ def _numbered(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, list]]:
-    """Solve, paint, write the numbers.
+    """Solve, plot, and write the numbers.
 
     Args:
         argv: The command line; the process's own by default.
 
     Returns:
-        For each solver ``mean``, ``low`` and ``high`` over the batches, each a list over calls of
-        residuals: all scales, then each scale.
+        For each solver ``mean``, ``low`` and ``high`` over the batches, each a list over
+            evaluations of the residuals of all scales, then of each scale.
     """
     args = parse_args(argv)
     found = record(args)
@@ -186,9 +188,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, list]]:
         first, *others = (f'{value:.2e}' for value in result[name]['mean'][-1])
         print(f'  {name:16} {first} | {" ".join(others)}')
     radii = torch.cat(found.radii)
-    print(f'spectral radius of the Jacobian there: {radii.mean():.3f}, at most {radii.max():.3f}')
+    print(f'spectral radius of the Jacobian there: mean {radii.mean():.3f}, max {radii.max():.3f}')
     paint(found, path)
-    # NaN, which JSON lacks, marks the calls after a solver gave up.
+    # NaN, which JSON lacks, marks the evaluations after a solver diverged.
     text = json.dumps(
         dict(shapes=found.shapes, residuals=result, spectral_radius=radii.tolist())
     ).replace('NaN', 'null')

@@ -13,7 +13,7 @@ PRECISIONS = dict(float32=None, bf16=torch.bfloat16)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time both on the tiny network, on one thread and on all that torch was given."""
+    """Time both on the tiny network, on one thread and on all of torch's threads."""
     fused = fused_kernel(args.device)
     threads = {1, torch.get_num_threads()} if args.device == 'cpu' else {torch.get_num_threads()}
     samples: dict[str, list[float]] = {}
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fused_kernel(device: str) -> str:
-    """The kernel that is compared with torch's operators.
+    """The kernel to compare with torch's operators.
 
     Raises:
         RuntimeError: If a CPU has no C++ operations.
@@ -42,7 +42,7 @@ def fused_kernel(device: str) -> str:
         return 'compiled'
     if resolve('cpp', device) != 'cpp':
         raise RuntimeError(
-            f'suite f compares C++ operations, and there are none: {extension.load()}'
+            f'suite f needs the C++ operations, which are missing: {extension.load()}'
         )
     return 'cpp'
 

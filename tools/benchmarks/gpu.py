@@ -1,4 +1,4 @@
-"""Suite gpu: every way to run a training step, by memory format, kernel, precision, compilation."""
+"""Suite gpu: a training step by memory format, kernel, precision and compilation."""
 
 import argparse
 import gc
@@ -60,7 +60,7 @@ class Row:
     compiled: bool
 
     def cells(self) -> list[str]:
-        """What the table says of it before any number."""
+        """The cells of the table before the numbers."""
         return [
             self.net if self.nfe is None else f'{self.net} {self.nfe[0]}+{self.nfe[1]}',
             self.code,
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What ``--only`` is searched in."""
+        """The name that ``--only`` is matched against."""
         *cells, compiled = self.cells()
         return ', '.join([*cells, *(['compiled cell'] if self.compiled else [])])
 
@@ -89,15 +89,15 @@ def rows(nfe: int) -> list[Row]:
                 for kernel, compiled in itertools.product(('native', 'compiled'), flags):
                     found.append(Row(net, spent, 'mdeq_mm', layout, kernel, precision, compiled))
                 found.append(Row(net, spent, 'torchdeq', layout, 'native', precision, False))
-    # Two counts of a net are one where nfe bounds both.
+    # Two budgets of a net coincide where nfe limits both.
     return list(dict.fromkeys(found))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time each row by itself, in a process that a failure may take with it.
+    """Time each row by itself, in a process that may crash.
 
-    After each row the files are written. Rows measured before, by the same versions on the same
-    card, stay in them.
+    The files are written after each row. Rows measured earlier with the same versions on the same
+    card are kept.
     """
     path = Path(args.out, 'gpu.json')
     settings = dict(
@@ -126,9 +126,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def measure_row(row: Row, device: str, batch: int, repeats: int) -> dict[str, Any]:
     """Seconds of each of ``repeats`` steps and peak memory of one, in bytes over its start.
 
-    On a CPU no peak is measured: the allocator keeps what earlier rows freed.
+    On a CPU no peak is measured: the allocator keeps memory that earlier rows freed.
     """
-    # What the last row left.
+    # Left over from the last row.
     gc.collect()
     torch._dynamo.reset()
     if device == 'cuda':
@@ -169,7 +169,7 @@ def build(row: Row, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the file, if they were measured under the same settings."""
+    """Rows of the file, if they were measured with the same settings."""
     if not path.is_file():
         return {}
     before = json.loads(path.read_text())
@@ -226,7 +226,7 @@ def _bases(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _numbers(row: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
-    """The cells of the numbers, those over ``base`` among them, and the note."""
+    """The cells of the numbers, including those relative to ``base``, and the note."""
     if 'error' in row:
         return ['failed', *['–'] * 4, row['error']]
     least, peak = min(row['seconds']), row['peak']

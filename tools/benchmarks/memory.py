@@ -21,7 +21,7 @@ MALLOC = 'MALLOC_MMAP_THRESHOLD_'
 class PeakMemory:
     """Peak memory of a block over what was in use before it, in bytes.
 
-    On a CPU a thread watches what of the process is resident.
+    On a CPU a thread watches the resident memory of the process.
     """
 
     def __init__(self, device: str) -> None:

@@ -1,4 +1,4 @@
-"""The networks that the suites measure, and a training step of any of them."""
+"""The networks that the suites measure, and a training step for any of them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def backbone(
 ) -> MDEQBackbone:
     """An MDEQ in training mode that spends exactly ``nfe`` evaluations of f in either pass.
 
-    A pair gives those of the forward and of the backward pass.
+    A pair gives the evaluations of the forward and of the backward pass.
     """
     forward, backward = both(nfe)
     parts = dict(type=solver, max_iter=forward, tol=0.0)
@@ -40,7 +40,7 @@ def both(nfe: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class Torchdeq(nn.Module):
-    """The same stem and f with torchdeq's solvers in the place of ours.
+    """The same stem and f with torchdeq's solvers instead of ours.
 
     Args:
         net: The network whose stem and f are used.
@@ -108,7 +108,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device computes in bfloat16. A CPU without instructions for it takes minutes."""
+    """Whether a device has instructions for bfloat16. A CPU without them takes minutes."""
     return device != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -138,9 +138,9 @@ def train_step(net: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> S
 
 
 def calls_alone(net: MDEQBackbone, x: Tensor, nfe: int, dtype: torch.dtype | None) -> Step:
-    """What a training step cannot do without: ``nfe`` evaluations of f and of its vjp.
+    """The necessary work of a training step: ``nfe`` evaluations of f and of its vjp.
 
-    Besides, the one call of f with a graph and its backward pass. No solver can be faster.
+    Plus the one evaluation of f with a graph and its backward pass. No solver can be faster.
     """
     net.train()
 

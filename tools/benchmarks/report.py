@@ -1,4 +1,4 @@
-"""What a suite leaves behind: its numbers, what they depend on, and a picture of them."""
+"""The output of a suite: its numbers, what they depend on, and a chart."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def environment(device: str) -> dict[str, Any]:
         settings.update(
             name=torch.cuda.get_device_name(),
             cuda=torch.version.cuda,
-            # Of convolutions: cuDNN rounds float32 to TF32 there unless it is told not to.
+            # For convolutions: by default cuDNN rounds float32 to TF32.
             tf32=torch.backends.cudnn.allow_tf32,
         )
     return settings
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Write numbers as JSON. A process that is stopped meanwhile leaves the file as it was."""
+    """Write numbers as JSON. If the process is stopped meanwhile, the old file stays intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
     part.write_text(json.dumps(result, indent=2))
@@ -44,8 +44,8 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def paint(result: dict[str, Any], path: Path) -> None:
-    """Write a picture of the ratios as bars."""
-    # Only here: a suite without a picture does without matplotlib.
+    """Write a bar chart of the ratios."""
+    # Imported here: suites without a chart do not need matplotlib.
     from matplotlib.figure import Figure
 
     ratios = result['ratio']

@@ -1,4 +1,4 @@
-"""Measure this project beside others on the same work, in one process.
+"""Measure this project and others on the same work, in one process.
 
     python tools/benchmarks/run.py --suite {f,solver,step,memory,scale,gpu}
 
@@ -16,10 +16,10 @@ scale:  how the step grows with batch, resolution, width and evaluations, and on
 gpu:    time and peak memory of a step for every combination of memory format, kernel of the norms,
         precision and compilation, beside torchdeq and mmpretrain's ResNet-101.
 
-Candidates take turns, so that a machine that changes speed does so for all of them. Ratios are
-those of the fastest runs; medians stand beside them. The result is a table, a JSON file and a
-picture in --out. Suite gpu has one candidate in memory at a time, keeps what it measured before on
-the same card, and writes its table to a Markdown file. torchdeq is optional.
+Candidates take turns, so that changes of the machine's speed affect all of them. Ratios are those
+of the fastest runs; medians are given as well. The result is a table, a JSON file and a chart in
+--out. Suite gpu has one candidate in memory at a time, keeps earlier measurements on the same card,
+and writes its table to a Markdown file. torchdeq is optional.
 """
 
 import argparse
@@ -47,9 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument('--suite', required=True, choices=SUITES, help='what to measure')
-    parser.add_argument('--repeats', type=int, default=5, help='rounds, of each candidate once')
     parser.add_argument(
-        '--batch', type=int, default=32, help='images, of suites f, solver, step and gpu'
+        '--repeats', type=int, default=5, help='rounds; each runs every candidate once'
+    )
+    parser.add_argument(
+        '--batch', type=int, default=32, help='images in a batch (suites f, solver, step, gpu)'
     )
     parser.add_argument(
         '--net',
@@ -58,14 +60,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='model of suite step; large and cityscapes have budgets of their own',
     )
     parser.add_argument(
-        '--nfe', type=int, default=24, help='evaluations of f in either pass; of suite gpu, at most'
+        '--nfe',
+        type=int,
+        default=24,
+        help='evaluations of f in each pass; an upper bound in suite gpu',
     )
     parser.add_argument(
         '--only',
         type=re.compile,
         default='',
         metavar='PATTERN',
-        help='of suite gpu, the rows whose name a regular expression is found in',
+        help='measure only the rows whose name contains this regular expression (suite gpu)',
     )
     parser.add_argument(
         '--crop',
@@ -77,7 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser.add_argument('--device', default=default, help='where to compute')
-    parser.add_argument('--out', default='work_dirs/benchmark', help='folder of JSON and picture')
+    parser.add_argument(
+        '--out', default='work_dirs/benchmark', help='folder for the JSON file and the chart'
+    )
     args = parser.parse_args(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         parser.error(f'--device {args.device}: torch {torch.__version__} finds no GPU here')
@@ -85,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a suite and keep what it gave."""
+    """Run a suite and write its results."""
     args = parse_args(argv)
     suite = SUITES[args.suite]
     settings = report.environment(args.device)

@@ -1,4 +1,4 @@
-"""Suite scale: how a training step grows, and what a second process on CPUs brings."""
+"""Suite scale: how a training step grows, and what a second process on CPUs gains."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ PROCESSES = 2
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the step of the tiny network along each axis, the others at their center."""
+    """Time the step of the tiny network along each axis, with the others at their centre."""
     steps: dict[str, Step] = {}
     for axis, values in AXES.items():
         for value in values:
@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def processes(repeats: int, nfe: int = 12, batch: int = 16) -> dict[str, Any]:
-    """Seconds an image of two processes of one thread each beside one such process."""
+    """Seconds per image of two processes of one thread each, and of one such process."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_time_process, (folder, repeats, nfe, batch), PROCESSES)
         seconds = json.loads(Path(folder, 'seconds.json').read_text())
@@ -57,7 +57,7 @@ def processes(repeats: int, nfe: int = 12, batch: int = 16) -> dict[str, Any]:
 
 
 def _time_process(rank: int, folder: str, repeats: int, nfe: int, batch: int) -> None:
-    """Time a step of one process alone, and of both with a batch each or half of it each."""
+    """Time a step of one process alone, and of both with a batch each or half a batch each."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=PROCESSES
@@ -86,7 +86,7 @@ def _time_process(rank: int, folder: str, repeats: int, nfe: int, batch: int) ->
 
 
 def paint(result: dict[str, Any], path: Path) -> None:
-    """Write a picture with one curve an axis."""
+    """Write a chart with one curve per axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout='constrained')

@@ -1,4 +1,4 @@
-"""Suite step: a training step beside other implementations of the same and of other work."""
+"""Suite step: a training step, other implementations of it, and other networks."""
 
 import argparse
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def count_operations(function: Callable[[], Any]) -> int:
 
 
 def limits(result: Result, operations: int, device: str) -> dict[str, Any]:
-    """How far a step and its calls alone are from the speed of a large matrix product."""
+    """How far a step, and its evaluations alone, are from the speed of a large matrix product."""
     found = {}
     for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
         if dtype == torch.bfloat16 and not has_bfloat16(device):

@@ -1,8 +1,8 @@
 """Timing for all suites: candidates run in turn, and ratios are those of the fastest runs.
 
-A machine that changes speed does so for every candidate of a round alike, and a neighbour's burst
-of work lengthens some runs but shortens none: the minimum is the time that the work takes, the
-median beside it says how disturbed the machine was.
+Changes of the machine's speed affect every candidate of a round alike, and other work on the
+machine lengthens some runs but shortens none. The minimum is therefore the time that the work
+takes, and the median shows how disturbed the machine was.
 """
 
 import time
@@ -18,7 +18,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite measured, smaller being better.
+    """What a suite measured; smaller is better.
 
     Attributes:
         caption: What was measured.
@@ -42,7 +42,7 @@ class Result:
         """Summarize the samples of each candidate.
 
         Raises:
-            KeyError: If ``base`` is none of the candidates.
+            KeyError: If ``base`` is not a candidate.
         """
         least = {name: min(values) for name, values in samples.items()}
         middle = {name: median(values) for name, values in samples.items()}
@@ -67,7 +67,7 @@ class Result:
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of one call, on a GPU by its own events."""
+    """Seconds of one call; on a GPU by CUDA events."""
     if torch.device(device).type != 'cuda':
         start = time.perf_counter()
         step()
@@ -106,8 +106,8 @@ def interleaved(
 def matmul_rate(device: str, dtype: torch.dtype, largest: int = 2048) -> float:
     """Measured floating-point operations a second of a large matrix product.
 
-    As large as takes a CPU some hundredths of a second: one without instructions for ``dtype``
-    would spend minutes on the largest.
+    The size is chosen to take a CPU some hundredths of a second: without instructions for ``dtype``
+    the largest size would take minutes.
     """
     size, seconds = 256, 0.0
     while size < largest and seconds < 0.02:

@@ -1,4 +1,4 @@
-"""A process for measurements that can fail in any way and must not take the others with them."""
+"""A process for measurements that may crash without affecting the others."""
 
 import traceback
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import torch
 
 
 class Worker:
-    """Runs functions in a process of its own, one after another.
+    """Runs functions one after another in a separate process.
 
-    The process is made for the first function and serves those that follow. One that raises, ends
-    the process or outlasts its limit costs the process: the next function gets a fresh one, so
-    that a GPU context which an error left unusable is not used again.
+    The process is started for the first function and reused for the following ones. After a
+    function raises, ends the process or exceeds its limit, the next one gets a fresh process,
+    because an error can leave a GPU context unusable.
     """
 
     def __init__(self) -> None:
@@ -27,11 +27,11 @@ class Worker:
         self.stop()
 
     def run(self, function: Callable[..., Any], *args: Any, limit: float) -> tuple[Any, str | None]:
-        """Call a function there.
+        """Call a function in that process.
 
         Args:
-            function: Found by its name in its module.
-            args: Its arguments, which can be pickled, as its result can.
+            function: A function of a module, sent by its name.
+            args: Its arguments. They and the result must be picklable.
             limit: Seconds it may take.
 
         Returns:
@@ -50,7 +50,7 @@ class Worker:
         return (result, None) if error is None else self._failed(error)
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -60,7 +60,7 @@ class Worker:
     def _start(self) -> None:
         context = torch.multiprocessing.get_context('spawn')
         self._connection, theirs = context.Pipe()
-        # No daemon: torch.compile starts processes of its own.
+        # Not a daemon: torch.compile starts its own processes.
         self._process = context.Process(target=_serve, args=(theirs,))
         self._process.start()
         theirs.close()
@@ -85,6 +85,6 @@ def _serve(connection: Connection) -> None:
 
 
 def in_one_line(error: Exception, width: int = 160) -> str:
-    """Kind of an error and the first line of its message."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines() or ['']
     return f'{type(error).__name__}: {lines[0]}'[:width]

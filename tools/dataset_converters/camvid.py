@@ -1,10 +1,10 @@
 """Turn a download of CamVid (11 classes) into mmsegmentation's layout.
 
-Two forms are understood. The first is the folder of the SegNet tutorial: ``train`` and
+Two layouts are accepted. The first is the folder of the SegNet tutorial: ``train`` and
 ``trainannot``, ``val`` and ``valannot``, ``test`` and ``testannot``, where label 11 is void. The
-second has mmsegmentation's layout already, ``images/SPLIT`` and ``annotations/SPLIT``, where 255
-is void. Either becomes ``OUT/{images,annotations}/SPLIT/*.png`` with the labels 0 to 10 in the
-order of ``CLASSES`` and 255 for void.
+second has mmsegmentation's layout already, ``images/SPLIT`` and ``annotations/SPLIT``, where 255 is
+void. Both become ``OUT/{images,annotations}/SPLIT/*.png`` with the labels 0 to 10 in the order of
+``CLASSES`` and 255 for void.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SPLITS = ('train', 'val', 'test')
 
 
 def find_splits(source: Path) -> tuple[dict[str, tuple[Path, Path]], int]:
-    """Find the folders of pictures and labels of each split.
+    """Find the folders of images and labels of each split.
 
     Args:
         source: The download's folder.
@@ -42,7 +42,7 @@ def find_splits(source: Path) -> tuple[dict[str, tuple[Path, Path]], int]:
         For each split present its two folders, and the label that means void in them.
 
     Raises:
-        FileNotFoundError: If ``source`` has neither form.
+        FileNotFoundError: If ``source`` has neither layout.
     """
     forms = (
         ({s: (source / s, source / f'{s}annot') for s in SPLITS}, len(CLASSES)),
@@ -64,19 +64,19 @@ def convert_labels(labels: np.ndarray | None, void: int, path: Path) -> np.ndarr
     Args:
         labels: The label map as read, or None if it could not be read.
         void: The label that means void in it; 255 always does.
-        path: Where it came from, for the message.
+        path: Its file, for error messages.
 
     Returns:
         The labels, (H, W) uint8: 0 to 10, and 255 for void.
 
     Raises:
-        ValueError: If it is no label map of CamVid's 11 classes.
+        ValueError: If it is not a label map of CamVid's 11 classes.
     """
     if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
         found = 'nothing readable' if labels is None else f'{labels.dtype}, {labels.shape}'
         raise ValueError(
             f'{path}: want a label map of 8-bit class numbers in one channel, found {found}. '
-            'Colour-coded labels are another form of CamVid, of 32 classes'
+            'Colour-coded labels are another version of CamVid, with 32 classes'
         )
     bad = sorted(set(np.unique(labels).tolist()) - {*range(len(CLASSES)), void, VOID})
     if bad:
@@ -89,17 +89,17 @@ def convert_labels(labels: np.ndarray | None, void: int, path: Path) -> np.ndarr
 def _convert(
     image_path: Path, label_path: Path, out: tuple[Path, Path], void: int, size: tuple | None
 ) -> None:
-    """Convert one picture and its labels."""
+    """Convert one image and its labels."""
     if not label_path.is_file():
         raise FileNotFoundError(f'{image_path} has no labels: {label_path} is missing')
     image = cv2.imread(str(image_path), cv2.IMREAD_COLOR)
     if image is None:
-        raise ValueError(f'{image_path}: not a readable picture')
+        raise ValueError(f'{image_path}: not a readable image')
     labels = cv2.imread(str(label_path), cv2.IMREAD_UNCHANGED)
     labels = convert_labels(labels, void, label_path)
     if labels.shape != image.shape[:2]:
         raise ValueError(
-            f'{label_path} is {labels.shape[1]}x{labels.shape[0]}, its picture '
+            f'{label_path} is {labels.shape[1]}x{labels.shape[0]}, its image '
             f'{image.shape[1]}x{image.shape[0]}: want the same size'
         )
     if size is not None:
@@ -123,7 +123,7 @@ def build(source: str | Path, out_dir: str | Path, size: tuple[int, int] | None 
     Raises:
         FileNotFoundError: If ``source`` is not CamVid or a label map is missing.
         FileExistsError: If ``out_dir`` holds other files.
-        ValueError: If a file is not what it should be.
+        ValueError: If a file is not a valid image or label map.
     """
     splits, void = find_splits(Path(source))
     pictures = {s: sorted(pair[0].glob('*.png')) for s, pair in splits.items()}
@@ -160,8 +160,12 @@ def main() -> None:
     """Read the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', help="the download's folder")
-    parser.add_argument('out', help='folder to write, for example data/camvid')
-    parser.add_argument('--size', type=parse_size, help='scale to WIDTHxHEIGHT, say 240x180')
+    parser.add_argument('out', help='folder to write, such as data/camvid')
+    parser.add_argument(
+        '--size',
+        type=parse_size,
+        help='scale to this size, such as 240x180 (default: keep the size)',
+    )
     args = parser.parse_args()
     try:
         written = build(args.source, args.out, args.size)

@@ -2,8 +2,8 @@
 
 The digits are scikit-learn's ``load_digits`` (1797 digits, 8x8), the photographs its
 ``china.jpg`` and ``flower.jpg``. Nothing is downloaded. Training and validation share neither a
-digit nor a piece of a photograph: every fifth digit and the right quarter of each photograph are
-for validation alone.
+digit nor a part of a photograph: every fifth digit and the right quarter of each photograph are for
+validation only.
 
 The labels are 0 to 9 for the digits and 10 for the background. The folder has mmsegmentation's
 layout: ``OUT/images/{train,val}/*.png`` and ``OUT/annotations/{train,val}/*.png``.
@@ -20,13 +20,13 @@ from sklearn.datasets import load_digits, load_sample_image
 
 CLASSES = ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'background')
 BACKGROUND = 10
-# Raised whenever the pictures made from the same arguments change.
+# Raised whenever the same arguments make other images.
 VERSION = 1
 
 # A pixel belongs to a digit where its ink, 0 to 1, exceeds this.
 _INK_THRESHOLD = 0.35
-# The photographs are dimmed by this factor and the ink takes any colour at least this bright in
-# every channel, 0 to 255, so that it stands out wherever it lies.
+# The photographs are dimmed by this factor, and the ink has any colour at least this bright in
+# every channel, 0 to 255, so that it stands out everywhere.
 _DIM = 0.5
 _BRIGHT = 170
 # Heights of the digits in pixels; at most 0.8 of the scene.
@@ -45,7 +45,7 @@ def _stroke(digit: np.ndarray, height: int, angle: float) -> np.ndarray:
     Returns:
         The ink, (H, W) float32 in 0 to 1, at most about ``height`` high.
     """
-    # One empty pixel around, so that strokes fade out rather than being cut off.
+    # A border of one empty pixel, so that strokes fade out and are not cut off.
     padded = np.pad(digit.astype(np.float32) / 16, 1)
     side = round(height * 10 / 8)
     ink = cv2.resize(padded, (side, side), interpolation=cv2.INTER_CUBIC)
@@ -95,10 +95,10 @@ def make_scene(
         targets: Which digit each one is, (M,).
         photos: The photographs to choose from, each (H, W, 3) BGR uint8.
         size: Side of the scene in pixels.
-        rng: Where all chance comes from.
+        rng: The random generator.
 
     Returns:
-        The picture, (size, size, 3) BGR uint8, and its labels, (size, size) uint8.
+        The image, (size, size, 3) BGR uint8, and its labels, (size, size) uint8.
     """
     picture = _background(photos[rng.integers(len(photos))], size, rng)
     labels = np.full((size, size), BACKGROUND, dtype=np.uint8)
@@ -122,7 +122,7 @@ def make_scene(
 
 
 def sources(split: str) -> tuple[np.ndarray, np.ndarray, list]:
-    """Give the digits and pieces of photographs of one split.
+    """The digits and the parts of the photographs of one split.
 
     Args:
         split: ``'train'`` or ``'val'``.
@@ -155,7 +155,7 @@ def build(
         num_train: Number of training scenes.
         num_val: Number of validation scenes.
         size: Side of a scene in pixels, at least 32.
-        seed: The same seed and arguments give the same pictures.
+        seed: The same seed and arguments give the same images.
 
     Returns:
         Whether anything was written.
@@ -177,7 +177,7 @@ def build(
             for kind in ('images', 'annotations'):
                 (folder / kind / split).mkdir(parents=True)
             digits, targets, photos = sources(split)
-            # Each split draws from a stream of its own: more training scenes change no other.
+            # Each split has its own random stream: more training scenes do not change the others.
             rng = np.random.default_rng([seed, number])
             for index in range(count):
                 picture, labels = make_scene(digits, targets, photos, size, rng)
@@ -191,7 +191,7 @@ def build(
 def main() -> None:
     """Read the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', help='folder to write, for example data/digit_scenes')
+    parser.add_argument('out', help='folder to write, such as data/digit_scenes')
     parser.add_argument('--num-train', type=int, default=1000, help='training scenes')
     parser.add_argument('--num-val', type=int, default=100, help='validation scenes')
     parser.add_argument('--size', type=int, default=64, help='side of a scene in pixels')

@@ -18,7 +18,7 @@ SIZE = 16
 
 
 def to_picture(digit: np.ndarray) -> np.ndarray:
-    """Turn an (8, 8) digit of values 0 to 16 into a (16, 16) grey picture, uint8."""
+    """Turn an (8, 8) digit of values 0 to 16 into a (16, 16) grey image, uint8."""
     grey = digit.astype(np.float32) * (255 / 16)
     return np.rint(cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)).astype(np.uint8)
 
@@ -52,7 +52,7 @@ def build(out_dir: str | Path) -> bool:
 def main() -> None:
     """Read the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', help='folder to write, for example data/digits')
+    parser.add_argument('out', help='folder to write, such as data/digits')
     args = parser.parse_args()
     try:
         written = build(args.out)

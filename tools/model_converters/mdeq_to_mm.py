@@ -71,7 +71,7 @@ _KEY = re.compile(
 )
 # Wrappers such as DataParallel put these in front, one or several times.
 _PREFIX = re.compile(r'^(?:(?:module|model)\.)+')
-# f once more, as the official solvers see it.
+# f again, as the official solvers hold it.
 _DUPLICATE = re.compile(r'^(?:full_?stage_copy|deq)\.')
 # Class weights of the segmentation trainer's loss, which its wrapped model saves.
 _NOT_NETWORK = re.compile(r'^loss\.criterion\.weight$')
@@ -101,7 +101,7 @@ class ConversionError(ValueError):
 
 @dataclass
 class Report:
-    """What a conversion did, as counts of tensors.
+    """What a conversion did, in numbers of tensors.
 
     Attributes:
         read, written: Tensors in the source and in the result.
@@ -111,7 +111,7 @@ class Report:
         heads: Tensors of heads, dropped under ``backbone_only``.
         folded: Biases folded into the batch norm behind them.
         split, composed: Weights brought from plain to weight-normalized form, and back.
-        defaults: Values the source lacks and that were filled in, by kind.
+        defaults: Values that the source lacks and that were filled in, by kind.
         task: ``'classification'``, ``'segmentation'`` or ``'backbone'``.
         architecture: Options the matching model takes.
     """
@@ -226,7 +226,7 @@ def convert(
 def _renamed(
     state_dict: Mapping[str, Tensor], report: Report
 ) -> Tuple[Dict[str, Tensor], Dict[str, List[str]]]:
-    """The network's tensors under their new names, and the keys that make trouble."""
+    """The network's tensors under their new names, and the keys with problems."""
     tensors: Dict[str, Tensor] = {}
     unmatched, conflicting = [], []
     for key, value in state_dict.items():
@@ -246,7 +246,7 @@ def _renamed(
             report.duplicates += 1
         else:
             conflicting.append(key)
-    return tensors, {'unmatched': unmatched, 'in conflict with a key before': conflicting}
+    return tensors, {'unmatched': unmatched, 'in conflict with another key': conflicting}
 
 
 def _task(tensors: Mapping[str, Tensor], problems: Mapping[str, List[str]]) -> str:
@@ -262,7 +262,7 @@ def _task(tensors: Mapping[str, Tensor], problems: Mapping[str, List[str]]) -> s
 
 
 def _size(tensors: Mapping[str, Tensor], module: str, dim: int = 0) -> int:
-    """Length of a weight's dimension; 1 where the weight is missing, as the check will say."""
+    """Length of a weight's dimension; 1 if the weight is missing, which is reported later."""
     for leaf in ('weight', _DIRECTION):
         weight = tensors.get(f'{module}.{leaf}')
         if weight is not None and weight.dim() > dim:
@@ -271,7 +271,7 @@ def _size(tensors: Mapping[str, Tensor], module: str, dim: int = 0) -> int:
 
 
 def _architecture(tensors: Mapping[str, Tensor], task: str) -> Dict[str, Any]:
-    """Options of the model that the shapes describe."""
+    """Options of the model, from the shapes."""
     scales = len({match.group(1) for match in map(_SCALE.match, tensors) if match})
     if scales == 1 and not any('.sources.' in key for key in tensors):
         raise ConversionError(
@@ -305,7 +305,7 @@ def _skeleton(task: str, architecture: Mapping[str, Any]) -> nn.Module:
             in_channels=architecture['in_channels'],
             channels=channels,
             expansion=architecture['expansion'],
-            # Neither the stem's strides nor the number of groups shows in the weights, but the
+            # The weights show neither the stem's strides nor the number of groups, but the
             # injection is absent only in small nets of full resolution.
             stem_strides=(2, 2) if architecture['injection'] else (1, 1),
             norm_cfg=dict(type='GN', num_groups=1),
@@ -347,7 +347,7 @@ def _decompose(weight: Tensor) -> Tuple[Tensor, Tensor]:
     """Norm (C, 1, 1, 1) and direction of a plain weight."""
     norm = torch.linalg.vector_norm(weight.double().flatten(1), dim=1).to(weight.dtype)
     norm = norm.view(-1, *[1] * (weight.dim() - 1))
-    # A channel of zeros has no direction; any will do, at norm 0.
+    # A channel of zeros has no direction; any direction with norm 0 is right.
     return norm, torch.where(norm > 0, weight, torch.ones_like(weight))
 
 
@@ -358,7 +358,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _match_weight_forms(
     tensors: Dict[str, Tensor], expected: Mapping[str, Tensor], report: Report
 ) -> None:
-    """Bring each weight to the form, plain or weight-normalized, that the model holds it in."""
+    """Bring each weight to the form, plain or weight-normalized, that the model has."""
     modules = {_KEY.fullmatch(key).group(1) for key in tensors}
     for module in sorted(modules):
         plain, norm, direction = (f'{module}.{leaf}' for leaf in ('weight', _NORM, _DIRECTION))
@@ -421,7 +421,7 @@ def _check(
     missing = [official_name(key) for key in expected if key not in tensors]
     surplus = [official_name(key) for key in tensors if key not in expected]
     wrong = []
-    # Without the missing ones some expected shapes are guesses.
+    # While keys are missing, some expected shapes are guesses.
     for key in () if missing else expected:
         got, want = tuple(tensors[key].shape), tuple(expected[key].shape)
         if got != want:
@@ -437,13 +437,13 @@ def _check(
 
 
 def load_official(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a file, without running any code the file may carry."""
+    """The state dict in a file. No code in the file is run."""
     try:
         content = verify_checkpoint(str(path))
     except (OSError, ValueError, UnsafeCheckpointError) as error:
         reason = str(error)
         if isinstance(error.__cause__, pickle.UnpicklingError):
-            # torch's own words recommend to load it all the same.
+            # torch's own message recommends to load it anyway.
             reason = (
                 f'{str(path)!r} was refused: it is not a file of tensors as torch.save writes it, '
                 'and a pickle of anything else can run code. Nothing in it was run.'
@@ -463,7 +463,7 @@ def _unwrapped(content: Any) -> Mapping[str, Tensor]:
 
 
 def save(path: Path, state_dict: Mapping[str, Tensor], report: Report) -> None:
-    """Write the checkpoint in one step: ``path`` is either the old file or the whole new one."""
+    """Write the checkpoint in one step: ``path`` is either the old file or the complete new one."""
     meta = dict(task=report.task, mdeq=dict(report.architecture))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f'.{path.name}.{os.getpid()}.tmp')

@@ -1,4 +1,4 @@
-"""What runs leave on the disk: their settings and results, a file each. Imports no torch."""
+"""Settings and results of runs on disk, one file each. Does not import torch."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from typing import Any
 
 from _studies import Row, Study
 
-# Where a result is of other settings.
+# The remedy if a result has other settings.
 REMEDY = 'delete it, or name another folder by --out'
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole whenever it is there."""
+    """Write a file that is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.part')
     part.write_text(json.dumps(content, indent=1) + '\n')
@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
 
 
 def settings_of(study: Study, row: Row, seed: int, epochs: int) -> dict[str, Any]:
-    """What makes a run the run that it is, as JSON has it."""
+    """The settings that identify a run, as JSON values."""
     content = dict(
         config=row.config,
         options=row.options,
@@ -38,7 +38,7 @@ def settings_of(study: Study, row: Row, seed: int, epochs: int) -> dict[str, Any
 
 
 def is_there(path: Path, settings: dict[str, Any], remedy: str) -> bool:
-    """Tell whether there is such a file, of a run with these settings.
+    """Whether there is such a file of a run with these settings.
 
     Raises:
         ValueError: If it is of a run with other settings; names them.

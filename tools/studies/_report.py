@@ -1,4 +1,4 @@
-"""What the runs of a study found: a Markdown table and a picture."""
+"""The results of a study: a Markdown table and a chart."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -98,11 +98,11 @@ def _at(values: Mapping[int, float], count: int) -> float:
     return values[max((c for c in values if c <= count), default=min(values))]
 
 
-# --- Pictures ---------------------------------------------------------------------------------
+# --- Charts ---------------------------------------------------------------------------------
 
 
 def picture(study: Study, runs: Runs) -> Figure:
-    """Draw the study's picture.
+    """Draw the study's chart.
 
     Where equilibria are compared, accuracy against evaluations of f at test time; else accuracy
     against epochs and against CPU time. Bands are one standard deviation over the seeds.

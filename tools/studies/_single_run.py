@@ -1,4 +1,4 @@
-"""One run of a study: train, test at several evaluations of f, and keep what was found."""
+"""One run of a study: train, test at several evaluations of f, and write the results."""
 
 import json
 import platform
@@ -44,7 +44,7 @@ class History(Hook):
     are in it, nor an epoch that was interrupted and is trained again.
 
     Args:
-        path: The file it is kept in, which a resumed run goes on with.
+        path: The file for them, which a resumed run continues.
     """
 
     # Before checkpoints are saved.
@@ -57,7 +57,7 @@ class History(Hook):
         self._began = 0.0
 
     def before_train(self, runner: Runner) -> None:
-        # An interrupted run may have got further than its last checkpoint.
+        # An interrupted run may have gone beyond its last checkpoint.
         self.epochs = (read_json(self.path) or [])[: runner.epoch]
         if len(self.epochs) < runner.epoch:
             raise ValueError(
@@ -91,7 +91,7 @@ class History(Hook):
         self._validate_the_last(runner)
 
     def _validate_the_last(self, runner: Runner) -> None:
-        """Make up for a validation that was interrupted: its checkpoint had been saved before."""
+        """Repeat a validation that was interrupted after its checkpoint was saved."""
         if self.epochs and self.epochs[-1]['accuracy'] is None:
             runner.val_loop.run()
 
@@ -124,10 +124,10 @@ def make_config(
     """The config of a run, ready for a Runner.
 
     Raises:
-        FileNotFoundError: If the config or the images are not there.
+        FileNotFoundError: If the config or the images are missing.
         ValueError: If a checkpoint of an interrupted run cannot be used.
     """
-    # A copy: what is merged is changed on the way.
+    # A copy, because merging changes the options.
     options = json.loads(json.dumps(settings['options']))
     if data_root is not None:
         options['data_root'] = data_root
@@ -160,7 +160,7 @@ def _iterations(cfg: Config) -> int:
 
 
 def _hold_out(cfg: Config, every: int) -> None:
-    """Test on every so many-th training image, and train on the others."""
+    """Test on every n-th training image, and train on the others."""
     images = range(_images(cfg.train_dataloader.dataset))
     trained, kept = cfg.train_dataloader.dataset, cfg.train_dataloader.dataset.copy()
     trained['indices'] = [index for index in images if index % every]
@@ -170,7 +170,7 @@ def _hold_out(cfg: Config, every: int) -> None:
 
 
 def _some_of(settings: dict[str, Any]) -> DataLoader:
-    """A loader of a few images, evenly over the data set, which lies in order of the classes."""
+    """A loader of a few images, evenly over the data set, which is sorted by class."""
     dataset = dict(settings['dataset'])
     indices = dataset.get('indices') or range(_images(dataset))
     dataset['indices'] = [*indices[:: ceil(len(indices) / RADIUS_IMAGES)]]
@@ -178,7 +178,8 @@ def _some_of(settings: dict[str, Any]) -> DataLoader:
 
 
 def test_equilibrium(runner: Runner) -> dict[str, Any]:
-    """Accuracy and residual by evaluations of f, and the spectral radius; of an explicit net none.
+    """Accuracy and residual by evaluations of f, and the spectral radius; empty for an explicit
+    net.
 
     The radius is measured where the solver is after the largest number of evaluations.
     """
@@ -216,14 +217,14 @@ def run(
     work_dir: Path,
     result: Path,
 ) -> dict[str, Any]:
-    """Train and test one row with one seed, or go on where it was interrupted.
+    """Train and test one row with one seed, or continue an interrupted run.
 
     Args:
         study: The study.
         row: One of its rows.
         seed: Seed of weights, order and dropout.
         epochs: Epochs.
-        data_root: Folder of the images, in place of the config's.
+        data_root: Folder of the images, instead of the config's.
         work_dir: Folder of the run's checkpoints and logs.
         result: File to write.
 

@@ -1,4 +1,4 @@
-"""Train the rows of a study with several seeds and tell what came of it.
+"""Train the rows of a study with several seeds, and report the results.
 
     python tools/studies/study.py recipes --list
     python tools/studies/study.py recipes --data-root DATA --jobs 2
@@ -43,24 +43,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument('study', choices=STUDIES, help='what to compare')
-    parser.add_argument('--list', action='store_true', help='list the rows and what is finished')
-    parser.add_argument('--table', action='store_true', help='print the table of finished runs')
+    parser.add_argument(
+        '--list', action='store_true', help='list the rows and how many runs of each are finished'
+    )
+    parser.add_argument('--table', action='store_true', help='print a table of the finished runs')
     parser.add_argument(
         '--plot',
         nargs='?',
         const='',
         metavar='FILE',
-        help='draw the picture of finished runs; without FILE, OUT/STUDY/STUDY.png',
+        help='draw a chart of the finished runs (without FILE: OUT/STUDY/STUDY.png)',
     )
     parser.add_argument('--rows', nargs='+', metavar='ROW', help='these rows alone')
     parser.add_argument('--seeds', type=int, nargs='+', help="in place of the study's")
     parser.add_argument('--epochs', type=int, help="in place of the study's")
-    parser.add_argument('--data-root', help="folder of the images, in place of the configs'")
+    parser.add_argument('--data-root', help="folder of the images (default: the configs')")
     parser.add_argument(
         '--jobs',
         type=int,
         default=2,
-        help='runs at a time; 0: one after the other, in this process itself',
+        help='runs at a time; 0 runs one after another in this process',
     )
     parser.add_argument('--out', default='docs/studies', help='where results are')
     parser.add_argument('--work-dir', default='work_dirs/studies', help='checkpoints and logs')
@@ -75,13 +77,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def jobs_of(study: Study, args: argparse.Namespace) -> list[Job]:
-    """The runs that the command line asks for, seed by seed, so that every row has one early."""
+    """The runs that the command line asks for, seed by seed, so that every row starts early."""
     seeds = study.seeds if args.seeds is None else args.seeds
     return [Job(row, seed) for seed in seeds for row in args.rows or study.rows]
 
 
 def result_of(job: Job, args: argparse.Namespace) -> Path:
-    """The file that a finished run is."""
+    """The file of a finished run."""
     return Path(args.out) / args.study / f'{job.name}.json'
 
 
@@ -114,7 +116,7 @@ def is_done(job: Job, study: Study, args: argparse.Namespace) -> bool:
 
 
 def train(job: Job, study: Study, args: argparse.Namespace) -> None:
-    """Do a run in this process."""
+    """Carry out a run in this process."""
     from _single_run import run
 
     work_dir = Path(args.work_dir) / args.study / job.name
@@ -134,11 +136,11 @@ class Processes:
         self.args = args
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
-        # What is started is among the running, or nothing is started any more.
+        # Either a started process is among the running ones, or nothing is started any more.
         self._starting = threading.Lock()
 
     def do(self, jobs: Sequence[Job]) -> list[Job]:
-        """Do all of them; gives those that failed. Stopped itself, it stops those that run."""
+        """Run all of them and return those that failed. If stopped, stop those that run."""
         with ThreadPoolExecutor(self.args.jobs) as pool:
             try:
                 return [job for job, done in zip(jobs, pool.map(self._do, jobs)) if not done]
@@ -177,7 +179,7 @@ class Processes:
 
 
 def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> None:
-    """Do all runs that are not done yet, those last that depend on the time of others.
+    """Carry out all unfinished runs; those that depend on the time of others come last.
 
     Raises:
         SystemExit: If a result is of other settings, a run depends on others that are not
@@ -203,7 +205,7 @@ def train_all(jobs: Sequence[Job], study: Study, args: argparse.Namespace) -> No
 
 
 def show_rows(study: Study, jobs: Sequence[Job], args: argparse.Namespace) -> None:
-    """Print the rows, how many runs of each are finished, and what they took."""
+    """Print the rows, how many runs of each are finished, and their time."""
     print(f'{study.title}. {args.epochs or study.epochs} epochs.')
     for name in dict.fromkeys(job.row for job in jobs):
         paths = [result_of(job, args) for job in jobs if job.row == name]
@@ -234,12 +236,12 @@ def main(argv: list[str] | None = None) -> None:
             picture(study, runs).savefig(path, dpi=120)
             print(path)
     else:
-        # As Ctrl-C does: what runs is stopped as well, and goes on the next time.
+        # Like Ctrl-C: running processes are stopped as well, and continue the next time.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             train_all(jobs, study, args)
         except KeyboardInterrupt:
-            sys.exit('study.py: stopped; the same command goes on')
+            sys.exit('study.py: stopped; the same command continues')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Find z with f(z) = z. Nothing here knows of vision or of OpenMMLab."""
+"""Find z with f(z) = z. Nothing here is specific to vision or to OpenMMLab."""
 
 from .anderson import Anderson
 from .base import Solution, Solver, Status, solve

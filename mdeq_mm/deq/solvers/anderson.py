@@ -18,10 +18,10 @@ class Anderson(SecantSolver):
         max_iter (int): Evaluations of f.
         tol (float): Relative residual at which a sample is solved.
         memory (int): Steps kept.
-        damping (float): Mixing of f's value into the next iterate, in (0, 1].
+        damping (float): Share of f's value in the next iterate, in (0, 1].
         ridge (float): Added to the unit diagonal of the normal equations.
-        history_dtype (str, optional): As of ``LimitedMemoryBroyden``.
-        check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
+        history_dtype (str, optional): As for ``LimitedMemoryBroyden``.
+        check_every, jitter: As for :class:`~mdeq_mm.deq.Solver`.
     """
 
     damping: float = 1.0

@@ -57,7 +57,7 @@ class Solution:
         trace: (T, N) relative residual after each of the T evaluations; a frozen sample
             repeats its last value.
         status: (N,) :class:`Status` codes.
-        state: what the solver built up on the way, where it was asked for (``keep_state``).
+        state: the solver's final state, if it was asked for (``keep_state``).
     """
 
     z: Tensor
@@ -71,12 +71,12 @@ class Solution:
 class Part:
     """Base of solvers, gradients, starts and regularizers: hyperparameters that never change.
 
-    What a forward pass builds up lives in objects of its own, so that one part may serve many
+    State that a forward pass builds up lives in separate objects, so one part can serve many
     layers, passes and threads at once.
     """
 
     def replace(self, **changes: Any) -> Any:
-        """A copy with other values for some options; the options are checked again."""
+        """A copy with some options changed; the options are checked again."""
         return replace(self, **changes)
 
 
@@ -89,11 +89,12 @@ class Solver(Part):
     Args:
         max_iter (int): Evaluations of f allowed, the same count for every method.
         tol (float): Relative residual at which a sample counts as solved. 0 never stops early.
-        check_every (int): Evaluations between two looks at whether all samples are done. On a
-            GPU each look waits for the device. With ``tol=0`` there is none.
-        jitter (tuple[int, int], optional): In training, a forward pass draws its ``max_iter`` from
-            ``low`` to ``high``, as often up to ``max_iter`` as beyond it, so that f does not
-            tune itself to one number of evaluations. All processes draw alike.
+        check_every (int): Evaluations between two checks of whether all samples are done. On a GPU
+            each check waits for the device. With ``tol=0`` there is none.
+        jitter (tuple[int, int], optional): ``(low, high)``. In training, each forward pass draws
+            its budget between the two, half of the time at most ``max_iter`` and half of the time
+            more, so that f does not adapt to one number of evaluations. All processes draw the
+            same.
     """
 
     max_iter: int = 30
@@ -113,7 +114,7 @@ class Solver(Part):
             _check_jitter(name, self.jitter, self.max_iter)
 
     def drawn(self, generator: torch.Generator | None = None) -> 'Solver':
-        """The solver of one training pass: ``max_iter`` drawn by ``jitter``."""
+        """The solver of one training pass, with ``max_iter`` drawn according to ``jitter``."""
         if self.jitter is None:
             return self
         (low, high), middle = self.jitter, self.max_iter
@@ -135,18 +136,18 @@ class Solver(Part):
         Args:
             state: What :meth:`init` returned; updated in place.
             g (Tensor): (N, D) the function value ``f(z) - z`` at the current iterate. The solver
-                may keep it until the next step, and must not change it.
+                may keep it until the next step but must not change it.
             last_step (Tensor): (N, D) the displacement that led to the current iterate, zero
                 for a sample that is frozen. None at the first step.
 
         Returns:
-            Tensor: (N, D) what to add to the current iterate. It may be a buffer of the state:
-            it is valid until the next call.
+            Tensor: (N, D) what to add to the current iterate. It may be a buffer of the state,
+                valid until the next call.
         """
         raise NotImplementedError
 
     def select(self, state: Any, rows: Tensor) -> Any:
-        """A copy of the state for some rows alone.
+        """A copy of the state for a subset of the rows.
 
         A state is None or a dataclass; its tensors have a row for each sample.
         """
@@ -169,9 +170,9 @@ def _check_jitter(name: str, jitter: Any, max_iter: int) -> None:
 
 @dataclass
 class _Outcome:
-    """What one evaluation meant for the batch.
+    """The result of one evaluation for the batch.
 
-    ``all_improved`` and ``num_active`` are None where the host does not know them.
+    ``all_improved`` and ``num_active`` are None if the host does not know them.
     """
 
     improved: Tensor
@@ -189,8 +190,8 @@ class _Record:
     def __init__(self, z0: Tensor, solver: Solver) -> None:
         n = z0.shape[0]
         self.solver = solver
-        # A graph cannot branch on values, and a fixed budget on a GPU has nothing to decide:
-        # masks alone freeze samples there.
+        # An exported graph cannot branch on values, and a fixed budget on a GPU has nothing to
+        # decide: there, masks alone freeze samples.
         exporting = torch.compiler.is_exporting()
         self.asks = not exporting and (solver.tol > 0 or z0.device.type == 'cpu')
         self.best = z0
@@ -202,7 +203,7 @@ class _Record:
         self.trace: list[Tensor] = []
 
     def select(self, rows: Tensor) -> '_Record':
-        """A record of some rows alone that goes on from here."""
+        """A record of a subset of the rows, which continues from here."""
         part = copy(self)
         for name in (*_PER_ROW, 'limit'):
             setattr(part, name, getattr(self, name)[rows])
@@ -210,7 +211,7 @@ class _Record:
         return part
 
     def merge(self, rows: Tensor, part: '_Record') -> None:
-        """Take in what a selection came to."""
+        """Merge in the results of a subset of the rows."""
         for residual in part.trace[len(self.trace) :]:
             self.trace.append(self.trace[-1].index_copy(0, rows, residual))
         for name in _PER_ROW:
@@ -287,18 +288,18 @@ def solve(
         z0 (Tensor): (N, D) where to start; zeros in an MDEQ (paper, §3.2).
         solver (Solver): The method and its limits.
         keep_state (bool): Put the solver's final state on the solution.
-        f_of_rows: Given indices (K,), the (K, D) -> (K, D) that f is for these rows. With it
-            frozen samples stop costing: whenever at most half the rows are active, only those
-            go on. Not used with ``keep_state``, which wants the state of all.
+        f_of_rows: Given indices (K,), returns f for these rows, (K, D) -> (K, D). With it frozen
+            samples cost nothing: once at most half the rows are active, only those continue. Not
+            used with ``keep_state``, which needs the state of all.
 
     Raises:
-        ValueError: If ``z0`` is no real floating-point (N, D), or f changes the shape.
+        ValueError: If ``z0`` is not a real floating-point (N, D), or f changes the shape.
     """
     if z0.dim() != 2 or not z0.is_floating_point():
         raise ValueError(
             f'z0 must be a real floating-point tensor (N, D), got {z0.dtype} {tuple(z0.shape)}.'
         )
-    # Rows in one piece, and with them all buffers made like it.
+    # Contiguous rows, also in all buffers made like it.
     z0 = z0.detach().contiguous()
     record, state = _Record(z0, solver), solver.init(z0)
     if keep_state or not record.asks:
@@ -310,10 +311,10 @@ def solve(
 
 @contextmanager
 def uncached_autocast(device: str) -> Iterator[None]:
-    """Keep autocast from caching what it casts, for calls of f without grad.
+    """Keep autocast from caching weights that it casts while f runs without grad.
 
-    A weight cast without grad would be found by the next call that wants one, in this thread or
-    in another, and cut its parameter off.
+    A later call with grad, in this thread or another, would find the weight that was cast without
+    grad, and its parameter would get no gradient.
     """
     if device == 'meta' or not torch.is_autocast_enabled(device):
         yield
@@ -334,19 +335,19 @@ def _iterate(
     record: _Record,
     f_of_rows: Callable[[Tensor], Function] | None,
 ) -> None:
-    """Iterate from ``z`` until no row is active or the evaluations are spent; fills ``record``.
+    """Iterate from ``z`` until no row is active or the budget is spent; fills ``record``.
 
-    ``step`` is the displacement that led to ``z``, None at a start, which belongs to the caller.
+    ``step`` is the displacement that led to ``z``; None at a start, which belongs to the caller.
     """
     solver = record.solver
-    # What a selection of rows starts from is a copy of ours; a start is the caller's.
+    # A subset of rows starts from our own copy; a start is the caller's tensor.
     borrowed = z if step is None else None
-    # Large buffers are made once and used in turn: fresh memory costs more than the arithmetic.
-    # The solver keeps one g while the next is written.
+    # Large buffers are allocated once and used in turn: fresh memory costs more than the
+    # arithmetic. The solver keeps one g while the next is written.
     g_buffers = (torch.empty_like(z), torch.empty_like(z))
     products = products_for(z)
     for evaluation in range(len(record.trace) + 1, solver.max_iter + 1):
-        # An alias: f may make it a leaf that requires grad, as an f that is itself a gradient does.
+        # An alias: an f that is itself a gradient may set requires_grad on its argument.
         fz = f(z.detach())
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')

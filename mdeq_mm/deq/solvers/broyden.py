@@ -21,13 +21,14 @@ class LimitedMemoryBroyden(SecantSolver):
         max_iter (int): Evaluations of f.
         tol (float): Relative residual at which a sample is solved.
         memory (int): Pairs kept. With ``memory >= max_iter`` this is textbook Broyden.
-        history_dtype (str, optional): Keep the pairs in ``'bfloat16'`` or another dtype than the
-            state's, for half the memory.
-        check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
+        history_dtype (str, optional): Keep the pairs in another dtype than the state's, such as
+            ``'bfloat16'`` for half the memory.
+        check_every, jitter: As for :class:`~mdeq_mm.deq.Solver`.
     """
 
     def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
         used = state.used
-        # S'y in the column; in the row s'w, whose own entry the column then overwrites.
+        # S'y goes into the column and s'w into the row; the column then overwrites the shared
+        # entry.
         state.matrix[:, slot, :used] = state.rows[:, :used]
         state.matrix[:, :used, slot] = column

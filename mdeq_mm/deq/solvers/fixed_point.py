@@ -16,7 +16,7 @@ class FixedPointIteration(Solver):
         max_iter (int): Evaluations of f.
         tol (float): Relative residual at which a sample is solved.
         damping (float): Share of the new value taken, in (0, 1].
-        check_every, jitter: As of :class:`~mdeq_mm.deq.Solver`.
+        check_every, jitter: As for :class:`~mdeq_mm.deq.Solver`.
     """
 
     damping: float = 1.0

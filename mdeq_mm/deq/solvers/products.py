@@ -1,7 +1,8 @@
-"""The long-vector work of a solve, in torch's operators or in one pass each.
+"""The long-vector operations of a solve.
 
-A state has some hundred thousand values and a history some ten states: what counts is how often
-they are read. :mod:`mdeq_mm.kernels` brings a faster version for a type of device.
+A state has some hundred thousand values and a history some ten states: the cost is how often they
+are read. Here they are torch operators; :mod:`mdeq_mm.kernels` can replace them for a type of
+device.
 """
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 
 class Products:
-    """In torch's operators: any device and dtype."""
+    """By torch operators, for any device and dtype."""
 
     def residual(self, fz: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``fz - z`` into ``g``, all (N, D); give the lengths of g and of fz, (N,)."""
+        """Write ``fz - z`` into ``g``, all (N, D); return the lengths of g and of fz, (N,)."""
         torch.sub(fz, z, out=g)
         return norm(g), norm(fz)
 
@@ -39,7 +40,7 @@ class Products:
             g (Tensor): (N, D) value after the step.
             last_g (Tensor): (N, D) value before it; y is the difference.
             mixing (float): Share of y in the image.
-            test_with_steps (bool): The test vector is s, else y.
+            test_with_steps (bool): Whether the test vector is s; else it is y.
 
         Returns:
             tuple: T'g and T'y, (N, used), and the length of the new test vector, (N,).
@@ -63,14 +64,14 @@ class Products:
             g (Tensor): (N, D).
             mixing (float): Share of g.
             step (Tensor): (N, D) where the result goes.
-            rows (bool): Whether the products of the result with the images are wanted.
+            rows (bool): Whether to return the products of the result with the images.
 
         Returns:
-            Tensor | None: (N, used) these products.
+            Tensor | None: (N, used) those products.
         """
         basis = images[:, : weights.shape[1]]
         if not basis.dtype == weights.dtype == g.dtype:
-            # A product takes one dtype, and the step is to have that of g.
+            # A product takes one dtype, and the step must have that of g.
             torch.sub(mixing * g, combination(weights, basis).to(g.dtype), out=step)
         else:
             torch.baddbmm(
@@ -85,7 +86,7 @@ class Products:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and small systems beside states of ``dtype``."""
+    """The dtype of norms and small systems for states of ``dtype``."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -97,12 +98,12 @@ def norm(rows: Tensor) -> Tensor:
 def project(basis: Tensor, vectors: Tensor) -> Tensor:
     """(N, k, D), (N, r, D) -> (N, r, k) inner products, in at least float32.
 
-    The vectors stand on the left: on a CPU the product then runs at the speed of memory, four
-    times faster than with them on the right.
+    The vectors are the left factor: on a CPU the product then runs at the speed of memory, four
+    times as fast as with them on the right.
     """
     dtype = at_least_float32(vectors.dtype)
     if basis.dtype == torch.float16:
-        # A sum of squares overflows in float16 from some 65,000 values on.
+        # In float16 a sum of squares overflows beyond some 65,000 values.
         columns = [(column.float() * vectors.float()).sum(dim=2) for column in basis.split(1, 1)]
         return torch.stack(columns, dim=2).to(dtype)
     return torch.bmm(vectors.to(basis.dtype), basis.mT).to(dtype)
@@ -118,14 +119,14 @@ _FASTER: dict[str, Products] = {}
 
 
 def register_products(device: str, products: Products) -> None:
-    """Take ``products`` for float32 and float64 states on a type of device."""
+    """Use ``products`` for float32 and float64 states on a type of device."""
     _FASTER[device] = products
 
 
 def products_for(z: Tensor, history: torch.dtype | None = None) -> Products:
-    """What works on states like ``z``, with a history in the dtype ``history``.
+    """The operations for states like ``z`` and a history of dtype ``history``.
 
-    In torch's operators where a graph is recorded: an export, a compiled call, fake tensors.
+    Torch operators where a graph is recorded: an export, a compiled call, fake tensors.
     """
     plain = type(z) is Tensor and not torch.compiler.is_compiling()
     pairs = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16))

@@ -5,8 +5,8 @@ methods move by
 
     p = g - W M^-1 T' g,
 
-T (test vectors) and W with one column per remembered step. They differ in T and in the small
-matrix M = T' Y they let it be: Broyden tests with s, Anderson with y.
+T (test vectors) and W have one column per remembered step. The methods differ in T, and so in the
+small matrix M = T' Y: Broyden tests with s, Anderson with y.
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ class SecantState:
         norms: (N, m) lengths of the test vectors, 0 where a sample did not move.
         matrix: (N, m, m) the small system M.
         rows: (N, m) products of the last step with the images.
-        step: (N, D) where steps are written; what ``step`` of the solver returns.
-        products: What works on the long vectors.
+        step: (N, D) buffer for the steps, which the solver's ``step`` returns.
+        products: The long-vector operations.
         g: (N, D) value at the previous iterate.
         count: Steps seen so far.
     """
@@ -53,14 +53,15 @@ class SecantState:
     def weights(self, rhs: Tensor, transpose: bool = False) -> Tensor:
         """(N, used), (N, used): the solution of M c = rhs, or of M' c = rhs.
 
-        Lengths of the steps differ by orders of magnitude, so the system is solved for unit test
-        vectors, on which the methods do not depend. A sample that did not move has zeros in its
-        row and column; a one on the diagonal gives that pair no weight. A singular system gives
-        no weight to any: the sample takes the plain step, and its batch-mates do not notice.
+        Steps differ in length by orders of magnitude, so the system is solved for unit test
+        vectors; the methods do not depend on their length. A sample that did not move has zeros in
+        its row and column; a one on the diagonal gives that pair no weight. If the system is
+        singular, no pair has weight: the sample takes the plain step, and the rest of the batch is
+        unaffected.
         """
         used = self.used
         scale = self.norms[:, :used].reciprocal()
-        # Also where a length over- or underflows.
+        # Also if a length overflows or underflows.
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
         matrix = scale[:, :, None] * self.matrix[:, :used, :used] * scale[:, None, :]
         matrix = matrix + torch.diag_embed((scale == 0).to(matrix.dtype))
@@ -86,7 +87,7 @@ def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """(N, k, k), (N, k) -> (N, k); not finite where the matrix is singular."""
     if not torch.compiler.is_exporting():
         return torch.linalg.solve_ex(matrix, rhs.unsqueeze(2), check_errors=False)[0].squeeze(2)
-    # ONNX has no linear solve: Gauss-Jordan with partial pivoting, of operations it has.
+    # ONNX has no linear solve, so this is Gauss-Jordan with partial pivoting, in operators it has.
     rows, size = torch.cat([matrix, rhs.unsqueeze(2)], dim=2), matrix.shape[1]
     free, pivots = torch.ones_like(rhs), []
     for column in range(size):
@@ -104,8 +105,8 @@ def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
 class SecantSolver(Solver):
     """Base of the methods that learn the Jacobian from the last ``memory`` steps.
 
-    Costs per evaluation of f one pass over the test vectors and one over the images, and nothing
-    quadratic in ``memory`` times D. Memory: two states a remembered step.
+    Each evaluation of f costs one pass over the test vectors and one over the images, and nothing
+    quadratic in ``memory`` times D. Memory: two states per remembered step.
     """
 
     memory: int = 5
@@ -129,7 +130,7 @@ class SecantSolver(Solver):
 
     def init(self, z0: Tensor) -> SecantState:
         n, d = z0.shape
-        # The last evaluation is followed by no step and the first step has nothing to remember.
+        # No step follows the last evaluation, and at the first step there is nothing to remember.
         m = max(1, min(self.memory, self.max_iter - 2))
         dtype = getattr(torch, self.history_dtype) if self.history_dtype else z0.dtype
         small = dict(dtype=at_least_float32(z0.dtype))
@@ -176,11 +177,11 @@ class SecantSolver(Solver):
         return state.step
 
     def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
-        """Renew row and column ``slot`` of the small system M.
+        """Update row and column ``slot`` of the small system M.
 
         Args:
-            state (SecantState): Its history holds the new pair already.
-            slot (int): Where that is.
+            state (SecantState): Its history already holds the new pair.
+            slot (int): The slot of that pair.
             column (Tensor): (N, used) T'y for the new y.
         """
         raise NotImplementedError

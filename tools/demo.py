@@ -25,9 +25,23 @@ CONFIG = TOOLS.parent / 'configs' / 'mdeq_demo_digit_scenes.py'
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data-root', default='data/digit_scenes', help='where the scenes go')
-    parser.add_argument('--work-dir', default=f'work_dirs/{CONFIG.stem}')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
+    parser.add_argument(
+        '--data-root',
+        default='data/digit_scenes',
+        help='where the scenes go (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--work-dir',
+        default=f'work_dirs/{CONFIG.stem}',
+        help='folder for logs and results (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='settings that win over the config, such as train_cfg.max_iters=500',
+    )
     return parser.parse_args()
 
 

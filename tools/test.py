@@ -45,10 +45,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='folder for images of the predictions (default: none)')
     parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show shows an image'
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that --show shows an image (default: %(default)s)',
     )
     parser.add_argument(
-        '--interval', type=int, default=1, help='classification: show every N-th image'
+        '--interval',
+        type=int,
+        default=1,
+        help='classification: show every N-th image (default: %(default)s)',
     )
     parser.add_argument(
         '--tta',

@@ -25,7 +25,9 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the tools that run a Runner, train.py and test.py."""
-    parser.add_argument('--work-dir', help='folder for logs and results')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results (default: work_dirs/CONFIG)'
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--no-pin-memory', action='store_true', help='turn off pin_memory of the data loaders'
@@ -35,16 +37,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes',
+        help='what started the processes (default: %(default)s)',
     )
     # torchrun sets LOCAL_RANK; the older launcher passes one spelling or the other.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``: a GPU if there is one, else the CPU."""
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
-    parser.add_argument('--device', default=default, help=f'default here: {default}')
+    parser.add_argument(
+        '--device', default=default, help='where to compute (default here: %(default)s)'
+    )
 
 
 @contextmanager

@@ -32,13 +32,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--nfe', type=int, nargs='+', default=[2, 4, 8, 12, 16, 20, 26], help='max_iter to try'
+        '--nfe',
+        type=int,
+        nargs='+',
+        default=[2, 4, 8, 12, 16, 20, 26],
+        help='max_iter to try (default: %(default)s)',
     )
     parser.add_argument('--metric', help='metric to draw (default: the first one)')
     parser.add_argument(
         '--out',
         default='work_dirs/accuracy_vs_nfe.png',
-        help='image to write; numbers go into a .json file beside it',
+        help='image to write; numbers go into a .json file beside it (default: %(default)s)',
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)

@@ -51,7 +51,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='show the prediction after 1, 2, ... N evaluations of f (without N: as many as the '
         'config allows)',
     )
-    parser.add_argument('--opacity', type=float, default=0.6, help='of the painted classes')
+    parser.add_argument(
+        '--opacity',
+        type=float,
+        default=0.6,
+        help='opacity of the painted classes (default: %(default)s)',
+    )
     add_cfg_options(parser)
     add_device_argument(parser)
     return parser.parse_args(argv)

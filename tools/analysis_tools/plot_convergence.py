@@ -45,12 +45,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file (default: random weights)')
-    parser.add_argument('--batches', type=int, default=5, help='batches of the test data')
-    parser.add_argument('--nfe', type=int, default=30, help='evaluations of f per solver')
     parser.add_argument(
-        '--memory', type=int, default=10, help='steps that Broyden and Anderson keep'
+        '--batches', type=int, default=5, help='batches of the test data (default: %(default)s)'
     )
-    parser.add_argument('--out', default='work_dirs/convergence.png', help='picture to write')
+    parser.add_argument(
+        '--nfe', type=int, default=30, help='evaluations of f per solver (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--memory',
+        type=int,
+        default=10,
+        help='steps that Broyden and Anderson keep (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--out', default='work_dirs/convergence.png', help='image to write (default: %(default)s)'
+    )
     add_cfg_options(parser)
     add_device_argument(parser)
     args = parser.parse_args(argv)

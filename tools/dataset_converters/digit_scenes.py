@@ -192,10 +192,16 @@ def main() -> None:
     """Read the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', help='folder to write, such as data/digit_scenes')
-    parser.add_argument('--num-train', type=int, default=1000, help='training scenes')
-    parser.add_argument('--num-val', type=int, default=100, help='validation scenes')
-    parser.add_argument('--size', type=int, default=64, help='side of a scene in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--num-train', type=int, default=1000, help='training scenes (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--num-val', type=int, default=100, help='validation scenes (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--size', type=int, default=64, help='side of a scene in pixels (default: %(default)s)'
+    )
+    parser.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
     args = parser.parse_args()
     try:
         written = build(args.out, args.num_train, args.num_val, args.size, args.seed)

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 
 define install_onedl
-@$(PIP) -e '.[onedl,optional,tests]'
+@$(PIP) -e '.[onedl,optional,tests,docs]'
 endef
 
 # mmcv comes as source. It compiles its operators, for 20 minutes and more, only where its build sees
@@ -17,7 +17,7 @@ endef
 define install_upstream
 @$(UPSTREAM) $(PIP) setuptools wheel ninja torch torchvision
 @$(UPSTREAM) MMCV_WITH_OPS=1 $(PIP) --no-build-isolation --no-cache-dir mmcv
-@$(UPSTREAM) $(PIP) -e '.[mim,optional,tests]' mmdet
+@$(UPSTREAM) $(PIP) -e '.[mim,optional,tests,docs]' mmdet
 endef
 UPSTREAM := PIP_CONSTRAINT='$(CURDIR)/requirements/upstream_constraints.txt'
 
@@ -32,7 +32,7 @@ $(error STACK=$(STACK): want onedl or upstream)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gpu soak lint format clean
+.PHONY: help install demo test test-slow gpu soak docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,11 @@ MINUTES ?= 20
 soak: $(STAMP)  ## before a release: MINUTES=20 of random models, actions and faults
 	@echo '==> soak'
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+docs: $(STAMP)  ## write pages and API as HTML; a broken link fails
+	@echo '==> docs'
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 lint: $(STAMP)  ## check style and format
 	@echo '==> lint'

@@ -60,6 +60,7 @@ if __name__ == '__main__':
             'onedl': requirements('onedl'),
             'mim': requirements('mminstall'),
             'tests': requirements('tests'),
+            'docs': requirements('docs'),
             'optional': requirements('optional'),
         },
         cmdclass={'build_py': BuildWithMim},

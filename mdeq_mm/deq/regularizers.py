@@ -9,7 +9,7 @@ from .solvers.base import Function, Part
 
 @immutable
 class JacobianRegularizer(Part):
-    """weight * E |v'J|^2 / D at z*, with v ~ N(0, I): the mean square entry of a row of J.
+    """``weight * E |v'J|^2 / D`` at z*, v ~ N(0, I): the mean square of the entries of v'J.
 
     Bai, Koltun & Kolter 2021, "Stabilizing equilibrium models by Jacobian regularization". The
     penalty uses the evaluation of f whose graph is kept anyway, by double backward. Its gradient is

@@ -10,7 +10,7 @@ from .secant import SecantSolver, SecantState
 class Anderson(SecantSolver):
     """Anderson acceleration (type II, in difference form) over the last ``memory`` steps.
 
-    The weights solve a least-squares problem min |g - Y c|; its normal equations have a unit
+    The weights solve a least-squares problem ``min |g - Y c|``; its normal equations have a unit
     diagonal (the columns are scaled) plus ``ridge``, so they stay regular where the columns
     become dependent.
 

@@ -58,9 +58,8 @@ def _check_dataset(name: str, dataset: dict) -> None:
         if not os.path.isdir(path) or not any(os.scandir(path)):
             state = 'is empty' if os.path.isdir(path) else 'does not exist'
             raise FileNotFoundError(
-                f'{name} wants the folder {path}, which {state}. See "Train and '
-                'evaluate" in README.md for how to make it, or name yours by --cfg-options '
-                'data_root=FOLDER'
+                f'{name} wants the folder {path}, which {state}. See docs/data.md for '
+                'where to get it, or name yours by --cfg-options data_root=FOLDER'
             )
 
 

@@ -335,7 +335,7 @@ def test_missing_data_are_named_before_anything_is_built(tiny, tmp_path_factory,
     (root / missing).rename(root.parent / 'moved')
     with pytest.raises(SystemExit, match='wants the folder') as error:
         train.main(['seg.py', '--cfg-options', f'data_root={root}'])
-    assert str(root / missing) in str(error.value) and 'README' in str(error.value)
+    assert str(root / missing) in str(error.value) and 'docs/data.md' in str(error.value)
     assert not (tiny / 'work_dirs').exists()
 
 

@@ -37,8 +37,8 @@ def scales(axes: Axes, x: float, y: float, label: str) -> None:
 
 
 def paint(axes: Axes) -> None:
-    """The whole picture, in units of about a centimetre."""
-    axes.text(0.1, 3.05, 'picture', fontsize=9, va='center')
+    """The whole drawing, in units of about a centimetre."""
+    axes.text(0.1, 3.05, 'image', fontsize=9, va='center')
     arrow(axes, (1.0, 3.05), (1.4, 3.05))
     box(axes, 1.4, 2.45, 1.5, 1.2, 'stem\nand injection')
     arrow(axes, (2.9, 3.05), (3.75, 3.05))
@@ -50,7 +50,7 @@ def paint(axes: Axes) -> None:
     box(axes, 6.75, 2.35, 1.4, 1.4, 'next z\nBroyden,\nAnderson or\nplain step')
     arrow(axes, (6.0, 3.45), (6.75, 3.45), bend=-0.35)
     arrow(axes, (6.75, 2.65), (6.0, 2.65), bend=-0.35)
-    text = 'until |f(z) − z| ≤ tol |f(z)|, at most max_iter calls of f'
+    text = 'until |f(z) − z| ≤ tol |f(z)|, at most max_iter evaluations'
     axes.text(6.05, 2.02, text, ha='center', va='center', fontsize=8)
 
     arrow(axes, (8.35, 3.05), (9.05, 3.05))
@@ -59,11 +59,11 @@ def paint(axes: Axes) -> None:
     arrow(axes, (10.55, 3.05), (11.1, 3.05))
     scales(axes, 11.65, 2.2, 'all scales')
     arrow(axes, (12.2, 3.05), (12.7, 3.05))
-    box(axes, 12.7, 2.45, 1.4, 1.2, 'neck, head\nof MM')
+    box(axes, 12.7, 2.45, 1.4, 1.2, 'neck, head')
     arrow(axes, (14.1, 3.05), (14.55, 3.05))
     axes.text(14.65, 3.05, 'loss', fontsize=9, va='center')
 
-    text = 'backward hook: solver for\n$g = J^\\top g + v$, one vjp a call'
+    text = 'backward hook: solver for\n$g = J^\\top g + v$, one vjp each'
     box(axes, 8.35, 0.25, 2.9, 1.0, text, facecolor='#fdf1f1', edgecolor=BACKWARD)
     arrow(axes, (14.85, 2.85), (11.25, 0.75), BACKWARD, bend=-0.35)
     axes.text(13.0, 0.55, 'gradient v', color=BACKWARD, fontsize=9)
@@ -78,7 +78,7 @@ def main() -> None:
     """Draw and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(__file__).with_suffix('.png')
-    parser.add_argument('out', nargs='?', type=Path, default=default, help='picture to write')
+    parser.add_argument('out', nargs='?', type=Path, default=default, help='image to write')
     args = parser.parse_args()
     figure = Figure(figsize=(11.4, 3.9), layout='constrained')
     axes = figure.subplots()

@@ -110,6 +110,6 @@ class NonFiniteGradientHook(Hook):
         if not self._warned:
             self._warned = True
             runner.logger.warning(
-                f'Step skipped: {what}. Weights and the running statistics of norms are left as they '
+                f'Step skipped: {what}. Weights and the running statistics of norms stay as they '
                 f'were. skipped_steps counts such steps; this warning appears once. {_REMEDY}'
             )

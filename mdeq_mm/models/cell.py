@@ -222,7 +222,7 @@ class MDEQCell(nn.Module):
         weight_norm (bool): Weight-normalize the convolutions of the blocks and the last one of
             every fusion.
         upsample (str): ``'nearest'`` or ``'bilinear'``.
-        norm_kernel (str): What computes norms, rectifiers and sums, and on CPUs convolutions:
+        norm_kernel (str): The implementation of norms, rectifiers, sums and, on CPUs, convolutions:
             ``'native'``, ``'cpp'``, ``'compiled'`` or ``'auto'``; see :mod:`mdeq_mm.kernels`.
     """
 

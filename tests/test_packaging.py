@@ -96,7 +96,7 @@ def _metadata(built, field):
 
 def test_metadata(built):
     assert _metadata(built, 'Version') == [mdeq_mm.__version__]
-    assert set(_metadata(built, 'Provides-Extra')) == {'onedl', 'mim', 'tests', 'optional'}
+    assert set(_metadata(built, 'Provides-Extra')) == {'onedl', 'mim', 'tests', 'optional', 'docs'}
 
 
 def test_no_openmmlab_package_without_an_extra(built):

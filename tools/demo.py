@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import train
+from mdeq_mm.allocation import keep_freed_memory
 
 import numpy as np
 import torch
@@ -100,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main()

@@ -4,6 +4,7 @@ import argparse
 import os
 from copy import deepcopy
 
+from mdeq_mm.allocation import keep_freed_memory
 from mdeq_mm.apis import (
     add_run_arguments,
     build_runner,
@@ -196,4 +197,5 @@ def main(argv: list[str] | None = None) -> tuple[Runner, dict]:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main()

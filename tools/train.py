@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from mdeq_mm.allocation import keep_freed_memory
 from mdeq_mm.apis import (
     add_run_arguments,
     build_runner,
@@ -132,4 +133,5 @@ def main(argv: list[str] | None = None) -> Runner:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.logging import print_log
 
 from ..compat import force_safe_loading
@@ -130,6 +131,7 @@ def fit_to_machine(cfg: Config) -> None:
     for loader in dataloaders(cfg):
         if loader.get('num_workers', 0) == 0:
             loader.persistent_workers = False
+    _warn_of_slow_bfloat16(cfg)
     if torch.cuda.is_available() or cfg.launcher == 'none':
         return
     if cfg.launcher != 'pytorch':
@@ -155,3 +157,21 @@ def fit_to_machine(cfg: Config) -> None:
     )
     # By default the Runner gives each process the GPU of its rank.
     cfg.setdefault('model_wrapper_cfg', default_wrapper).device_ids = None
+
+
+def _warn_of_slow_bfloat16(cfg: Config) -> None:
+    """Say that mixed precision is slow on a CPU that has no instructions for it.
+
+    There it is bfloat16, and of evaluation alone: training in mixed precision needs a GPU.
+    """
+    loops = [name for name in ('val_cfg', 'test_cfg') if (cfg.get(name) or {}).get('fp16')]
+    if not loops or get_device() != 'cpu' or not torch.backends.mkldnn.is_available():
+        return
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    print_log(
+        f'This CPU has no instructions for bfloat16, which {loops[0]}.fp16 (--amp of test.py) asks '
+        'for: it can take ten times as long as float32. Leave it out.',
+        logger='current',
+        level=logging.WARNING,
+    )

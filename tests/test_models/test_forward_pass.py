@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -288,6 +289,26 @@ def test_evaluation_makes_one_call_of_f_after_the_solve(gradient):
     assert calls == [False] * 6
     trained = net(image())
     assert all(torch.equal(a, b) for a, b in zip(evaluated, trained))
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_each_normed_weight_is_computed_once_a_forward_pass(training):
+    net, computed = make(max_iter=5, tol=0).train(training), Counter()
+    weights = {
+        name: module
+        for name, module in net.cell.named_modules()
+        if isinstance(module, parametrize.ParametrizationList)
+    }
+    assert weights
+    for name, module in weights.items():
+        module.register_forward_hook(lambda *_, name=name: computed.update([name]))
+    for count in (1, 2):
+        # Six calls of f each, by weights that may be others in the next pass.
+        predict(net)
+        assert computed == dict.fromkeys(weights, count)
+    if training:
+        loss_of(net(image())).backward()
+        assert computed == dict.fromkeys(weights, 3)
 
 
 def test_shared_inverse_in_evaluation_skips_and_keeps_nothing(monkeypatch):

@@ -397,3 +397,19 @@ def test_amp_exchanges_the_optimizer_wrapper(tiny, seg_options, monkeypatch):
     (tiny / 'seg.py').write_text(SEGMENTOR.replace("'OptimWrapper'", "'OtherWrapper'"))
     with pytest.raises(ValueError, match='OtherWrapper'):
         train.prepare(train.parse_args(['seg.py', '--amp', *seg_options]))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='cannot know the instructions')
+@pytest.mark.parametrize(
+    'flags, supported, count', [(['--amp'], False, 1), (['--amp'], True, 0), ([], False, 0)]
+)
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_named_once(
+    tiny, seg_options, monkeypatch, flags, supported, count
+):
+    said = []
+    monkeypatch.setattr('mdeq_mm.apis.config.get_device', lambda: 'cpu')
+    monkeypatch.setattr('mdeq_mm.apis.config.print_log', lambda text, **_: said.append(text))
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
+    torch.save(dict(state_dict={}), 'net.pth')
+    test.prepare(test.parse_args(['seg.py', 'net.pth', *flags, *seg_options]))
+    assert sum('no instructions for bfloat16' in text for text in said) == count

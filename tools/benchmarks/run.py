@@ -26,7 +26,7 @@ import argparse
 import re
 from pathlib import Path
 
-import mdeq_mm  # noqa: F401
+from mdeq_mm.allocation import keep_freed_memory
 
 import explicit
 import f
@@ -107,4 +107,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main()

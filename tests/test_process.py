@@ -1,0 +1,151 @@
+"""What a program sets for its process before it computes, unless the user chose."""
+
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdeq_mm.threads import SPIN_COUNT
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICIES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
+ALLOCATION, THREADS = ROOT / 'mdeq_mm/allocation.py', ROOT / 'mdeq_mm/threads.py'
+needs_glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='only glibc is told to keep what is freed'
+)
+# What a program finds once it has done something: how long threads spin, and whether a large block
+# that is freed stays with the process.
+REPORT = """
+import ctypes, os
+class Counts(ctypes.Structure):
+    _fields_ = [(f'field{i}', ctypes.c_int) for i in range(10)]
+held = None
+if hasattr(libc := ctypes.CDLL(None), 'mallinfo'):
+    libc.mallinfo.restype = Counts
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    # The first field: bytes of the heap, without blocks that have a mapping of their own.
+    before = libc.mallinfo().field0
+    libc.free(libc.malloc(2**28))
+    held = libc.mallinfo().field0 - before > 2**27
+print(os.environ.get('GOMP_SPINCOUNT'), held)
+"""
+HELP = """
+import os, runpy, sys
+tool = sys.argv.pop(1)
+sys.path.insert(0, os.path.dirname(tool))
+try:
+    runpy.run_path(tool, run_name='__main__')
+except SystemExit:
+    pass
+"""
+# Without the package, and so without torch.
+KEEP = f"""
+import runpy
+print(runpy.run_path({str(ALLOCATION)!r})['keep_freed_memory']())
+"""
+BOUND = f"""
+import runpy
+runpy.run_path({str(THREADS)!r})['bound_spinning']()
+"""
+
+
+def report(code, *arguments, **env):
+    """What REPORT and, before it, ``code`` printed last, as words."""
+    chosen = ('GLIBC_TUNABLES', 'LD_PRELOAD', *POLICIES)
+    rest = {k: v for k, v in os.environ.items() if k not in chosen and not k.startswith('MALLOC_')}
+    done = subprocess.run(
+        [sys.executable, '-c', f'{code}\n{REPORT}', *map(str, arguments)],
+        env={**rest, 'PYTHONPATH': str(ROOT), **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return ' '.join(done.stdout.splitlines()[-2:]).split()
+
+
+@needs_glibc
+def test_the_package_bounds_spinning_before_torch_is_loaded_and_leaves_memory_alone():
+    assert report('import mdeq_mm') == [str(SPIN_COUNT), 'False']
+    assert report('import torch, mdeq_mm') == ['None', 'False']
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_a_policy_of_the_user_stays(name):
+    value = dict(OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='7', KMP_BLOCKTIME='0')[name]
+    expected = value if name == 'GOMP_SPINCOUNT' else 'None'
+    assert report(BOUND)[0] == str(SPIN_COUNT)
+    assert report(BOUND, **{name: value})[0] == expected
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    'tool, held',
+    [
+        ('train.py', True),
+        ('test.py', True),
+        ('benchmarks/run.py', True),
+        ('analysis_tools/inference.py', False),
+    ],
+)
+def test_tools_load_the_package_before_torch_and_those_that_compute_long_keep_memory(tool, held):
+    found = report(HELP, ROOT / 'tools' / tool, '--help')
+    assert found[-2:] == [str(SPIN_COUNT), str(held)]
+
+
+# Pages of another size, which the docs recommend, are no choice of what is kept.
+OTHER_CHOICES = dict(GLIBC_TUNABLES='glibc.malloc.hugetlb=1')
+CHOICES = [
+    dict(MALLOC_TRIM_THRESHOLD_='131072'),
+    dict(MALLOC_ARENA_MAX='1'),
+    dict(GLIBC_TUNABLES='glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536'),
+]
+
+
+@needs_glibc
+@pytest.mark.parametrize('env', [{}, OTHER_CHOICES])
+def test_a_process_keeps_what_it_frees(env):
+    assert report(KEEP, **env) == ['True', 'None', 'True']
+
+
+@needs_glibc
+@pytest.mark.parametrize('env', CHOICES, ids=lambda env: '-'.join(env))
+def test_an_allocation_that_the_user_set_up_stays(env):
+    assert report(KEEP, **env) == ['False', 'None', 'False']
+
+
+@needs_glibc
+@pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
+def test_another_allocator_is_left_alone(tmp_path):
+    source, library = tmp_path / 'other.c', tmp_path / 'other.so'
+    source.write_text(
+        '#include <stddef.h>\n'
+        'void *__libc_malloc(size_t size);\n'
+        'void *malloc(size_t size) { return __libc_malloc(size); }\n'
+    )
+    subprocess.run(['cc', '-shared', '-fPIC', source, '-o', library], check=True)
+    assert report(KEEP, LD_PRELOAD=str(library)) == ['False', 'None', 'False']
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
+    assert runpy.run_path(str(ALLOCATION))['keep_freed_memory']() is False
+
+
+@pytest.mark.parametrize('policy, expected', [({}, SPIN_COUNT), (dict(OMP_WAIT_POLICY='x'), '')])
+def test_make_bounds_it_by_as_much(policy, expected):
+    env = {k: v for k, v in os.environ.items() if k not in POLICIES}
+    done = subprocess.run(
+        ['make', '--eval', 'spin: ; @echo "spin $$GOMP_SPINCOUNT"', 'spin'],
+        cwd=ROOT,
+        env={**env, **policy},
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(rf'^spin {expected}$', done.stdout, re.MULTILINE), done.stdout + done.stderr

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,15 @@ from mmengine.runner import Runner
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
+from mdeq_mm.apis.video import Frames, frame_batch
 from mdeq_mm.deq import Anderson, Problem
-from tools.analysis_tools import accuracy_vs_nfe, get_flops, inference, plot_convergence
+from tools.analysis_tools import (
+    accuracy_vs_nfe,
+    get_flops,
+    inference,
+    plot_convergence,
+    warm_start,
+)
 
 from ..mini_datasets import write_cityscapes, write_class_folders
 
@@ -215,6 +224,122 @@ class TestInference:
     def test_missing_picture(self, tiny):
         with pytest.raises(SystemExit, match='none.png does not exist'):
             inference.main(['none.png', 'cls.py', 'random.pth'])
+
+
+def write_frames(sizes):
+    """A folder of frames, each a window on one picture that moves by a pixel; shapes (H, W)."""
+    folder = Path('frames')
+    folder.mkdir()
+    picture = np.indices((48, 96)).sum(0)[..., None].repeat(3, axis=2)
+    for i, (height, width) in enumerate(sizes):
+        frame = picture[:height, i : i + width].astype(np.uint8)
+        cv2.imwrite(str(folder / f'{i:03}.png'), frame)
+    return str(folder)
+
+
+def read_video(path):
+    return list(Frames(str(path)))
+
+
+class TestStreams:
+    @pytest.mark.parametrize('config', ['cls.py', 'seg.py'])
+    def test_every_frame_is_painted_and_its_calls_are_printed(self, tiny, capsys, config):
+        folder = write_frames([(32, 48)] * 3)
+        inference.main([folder, config, save_checkpoint(config), '--out', 'out/a.mp4'])
+        out = capsys.readouterr().out
+        assert out.count('calls of f\n') == 3 and '3 frames, 3.0 calls of f a frame' in out
+        assert out.splitlines()[-1] == str(Path('out/a.mp4'))
+        painted = read_video('out/a.mp4')
+        assert [frame.shape for frame in painted] == [(32, 48, 3)] * 3
+        # A video is read as a folder is.
+        inference.main(['out/a.mp4', config, 'random.pth', '--out', 'out/b.avi'])
+        assert len(read_video('out/b.avi')) == 3
+
+    def test_a_batch_of_a_frame_is_that_of_its_file(self, tiny):
+        cfg = load_config('seg.py')
+        init_default_scope(cfg.default_scope)
+        picture = inference.read_picture('picture.png')
+        want = inference.prepare(cfg, 'picture.png', picture)['inputs'][0]
+        got = frame_batch(cfg, cv2.imread('picture.png'))['inputs'][0]
+        assert torch.equal(got, want)
+
+    def test_a_warm_start_spends_fewer_calls_on_a_still_picture(self, tiny, capsys):
+        folder = write_frames([(32, 48)])
+        first = Path(folder, '000.png')
+        for i in (1, 2):
+            shutil.copy(first, Path(folder, f'{i:03}.png'))
+        options = ['max_iter=60', 'tol=0.5']
+        options = [f'model.backbone.solver.{option}' for option in options]
+        flags = [folder, 'seg.py', save_checkpoint('seg.py')]
+        calls = []
+        for extra in ([], ['--warm-start']):
+            inference.main([*flags, *extra, '--cfg-options', *options])
+            found = re.findall(r'frame \d of 3: (\d+) calls', capsys.readouterr().out)
+            calls.append(list(map(int, found)))
+        cold, warm = calls
+        assert cold[0] == cold[1] == cold[2] == warm[0] > 1
+        assert warm[1:] == [1, 1]
+
+    def test_frames_of_another_size_begin_anew(self, tiny, capsys):
+        folder = write_frames([(32, 48), (32, 48), (32, 64)])
+        weights = save_checkpoint('seg.py')
+        inference.main([folder, 'seg.py', weights, '--warm-start', '--out', 'a.mp4'])
+        assert capsys.readouterr().out.splitlines()[-2:] == ['a.mp4', 'a_2.mp4']
+        assert len(read_video('a.mp4')) == 2
+        assert [frame.shape for frame in read_video('a_2.mp4')] == [(32, 64, 3)]
+
+    def test_an_interrupt_leaves_a_video_that_plays(self, tiny, capsys, monkeypatch):
+        folder = write_frames([(32, 48)] * 3)
+        predict, seen = inference.predict, []
+
+        def interrupted(*arguments):
+            seen.append(1)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return predict(*arguments)
+
+        monkeypatch.setattr(inference, 'predict', interrupted)
+        inference.main([folder, 'seg.py', save_checkpoint('seg.py'), '--out', 'a.mp4'])
+        assert len(read_video('a.mp4')) == 2
+        assert 'interrupted' in capsys.readouterr().out
+
+    def test_what_cannot_be_read_or_done_is_said_at_once(self, tiny, capsys):
+        folder = write_frames([(32, 48)])
+        Path('broken.mp4').write_bytes(b'no video')
+        Path('empty').mkdir()
+        slide = ['--cfg-options', 'model.test_cfg.mode=slide']
+        weights = save_checkpoint('seg.py')
+        for source, flags, words in (
+            ('broken.mp4', [], 'not a video that OpenCV can read'),
+            ('none.mp4', [], 'video none.mp4 does not exist'),
+            ('empty', [], 'has no pictures'),
+            (folder, ['--out', 'a.gif'], 'written as .avi or .mp4'),
+            (folder, ['--warm-start', *slide], 'slides a window'),
+        ):
+            with pytest.raises(SystemExit, match=words):
+                inference.main([source, 'seg.py', weights, *flags])
+        for source, flag in (('picture.png', '--warm-start'), (folder, '--equilibrium')):
+            with pytest.raises(SystemExit):
+                inference.main([source, 'seg.py', weights, flag])
+            assert flag in capsys.readouterr().err
+
+
+class TestWarmStart:
+    def test_a_pan_that_stands_still_takes_one_call(self, tiny):
+        folder = write_frames([(48, 80)])
+        flags = ['--frames', '3', '--window', '32', '48', '--pixels', '0', '2', '--tol', '0.5']
+        rows = warm_start.main(['seg.py', save_checkpoint('seg.py'), folder, *flags])
+        still, moving = rows
+        assert still['warm'] == 1 and still['cold'] > 1 and still['equal'] == 1
+        assert still['cold_exact'] == still['warm_exact'] < 1
+        assert moving['pixels'] == 2 and moving['warm'] <= moving['cold']
+        assert json.loads(Path('work_dirs/warm_start.json').read_text()) == rows
+
+    def test_a_window_that_leaves_the_picture(self, tiny):
+        folder = write_frames([(48, 80)])
+        flags = ['--frames', '30', '--window', '32', '48', '--pixels', '2']
+        with pytest.raises(SystemExit, match='30 frames of 32x48 by 2 pixels'):
+            warm_start.main(['seg.py', save_checkpoint('seg.py'), folder, *flags])
 
 
 class TestGetFlops:

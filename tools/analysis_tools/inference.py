@@ -1,10 +1,14 @@
-"""Predict one image: an overlay for segmentation, the five best classes for classification.
+"""Predict an image or a video: an overlay for segmentation, the best classes for classification.
+
+A video, or a folder of its frames, becomes a video of overlays, and the calls of f that each frame
+took are printed. With --warm-start a frame's solve begins at the equilibrium of the frame before.
 
 With --equilibrium the result shows the prediction as the equilibrium forms: the solver is stopped
 after 1, 2, ... evaluations of f, and the head reads the iterate found so far.
 """
 
 import argparse
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,10 @@ from mdeq_mm.apis import (
     load_model,
     one_line_errors,
 )
+from mdeq_mm.apis.video import LABEL_STEPS, Frames, VideoFile, frame_batch, is_stream
+from mdeq_mm.deq import PreviousStart
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -29,18 +36,20 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-# Steps of a test pipeline that read labels, which a single image does not have.
-LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('img', help='image file')
+    parser.add_argument('img', help='image file, video file, or folder of frames')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out', default='work_dirs/prediction.png', help='image to write (default: %(default)s)'
+        '--out', help='file to write (default: work_dirs/prediction.png, of a video .mp4)'
+    )
+    parser.add_argument(
+        '--warm-start',
+        action='store_true',
+        help='begin the solve of a frame at the equilibrium of the frame before it',
     )
     parser.add_argument(
         '--equilibrium',
@@ -59,7 +68,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_cfg_options(parser)
     add_device_argument(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    stream = is_stream(args.img)
+    if args.warm_start and not stream:
+        parser.error('--warm-start is for a video or a folder of frames, not for one image')
+    if args.equilibrium is not None and stream:
+        parser.error('--equilibrium is for one image, not for a video')
+    args.out = args.out or f'work_dirs/prediction.{"mp4" if stream else "png"}'
+    return args
 
 
 def read_picture(path: str) -> np.ndarray:
@@ -232,6 +248,75 @@ def paint(model: nn.Module, picture: np.ndarray, data: dict, args: argparse.Name
     figure.savefig(path, dpi=110)
 
 
+def paint_frame(
+    model: nn.Module, frame: np.ndarray, sample: BaseDataElement, opacity: float
+) -> np.ndarray:
+    """The frame (H, W, 3), BGR, with its classes painted over it or the best one's name."""
+    if 'pred_sem_seg' in sample:
+        picture = np.ascontiguousarray(frame[..., ::-1])
+        return np.ascontiguousarray(overlay(model, picture, sample, opacity, False)[..., ::-1])
+    names = class_names(model, len(sample.pred_score))
+    ((name, score),) = best(sample, names, count=1)
+    painted = frame.copy()
+    # Dark under light, to be read on any picture.
+    for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        place, font = (4, frame.shape[0] - 6), cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(painted, f'{name} {score:.2f}', place, font, 0.5, colour, width, cv2.LINE_AA)
+    return painted
+
+
+def begin_warm(model: nn.Module, cfg: Config) -> None:
+    """Have the solve of a frame begin at the last frame's equilibrium.
+
+    Raises:
+        ValueError: If one frame takes several solves, or none.
+    """
+    implicit = find_backbone(model).implicit
+    if implicit.unrolled_layers:
+        raise ValueError('--warm-start: this config unrolls its layers and solves nothing')
+    if (cfg.model.get('test_cfg') or {}).get('mode') == 'slide':
+        raise ValueError(
+            '--warm-start: this config slides a window over the frame, so that the last solve is '
+            "another window's. Add --cfg-options model.test_cfg.mode=whole"
+        )
+    implicit.start = PreviousStart()
+
+
+def progress(number: int, count: int, calls: int | None) -> None:
+    """Print what a frame took; on a terminal with a bar that stays in its line."""
+    taken = '' if calls is None else f'{calls} calls of f'
+    place = f'frame {number}' + (f' of {count}' if count else '')
+    if not sys.stdout.isatty():
+        print(f'{place}: {taken}', flush=True)
+        return
+    done = min(30, 30 * number // count) if count else 0
+    bar = f'[{"#" * done:30}] ' if count else ''
+    print(f'\r{bar}{place}: {taken:<20}', end='', flush=True)
+
+
+def predict_stream(
+    model: nn.Module, cfg: Config, frames: Frames, video: VideoFile, opacity: float
+) -> None:
+    """Predict every frame and write the video; an interrupt ends it early."""
+    implicit = find_backbone(model).implicit
+    taken: list[int] = []
+    number = 0
+    with video:
+        try:
+            for number, frame in enumerate(frames, start=1):
+                sample = predict(model, frame_batch(cfg, frame))
+                stats = implicit.forward_stats
+                calls = None if stats is None else int(stats.num_iter.max())
+                taken += [] if calls is None else [calls]
+                video.write(paint_frame(model, frame, sample, opacity))
+                progress(number, frames.count, calls)
+        except KeyboardInterrupt:
+            print('\ninterrupted: the frames until here are written', end='')
+    mean = f', {np.mean(taken):.1f} calls of f a frame' if taken else ''
+    print(f'\n{number} frames{mean}')
+    print('\n'.join(map(str, video.paths)))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Predict and paint.
 
@@ -241,13 +326,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors('inference.py'):
         cfg = load_config(args.config, options=args.cfg_options)
-        picture = read_picture(args.img)
+        stream = is_stream(args.img)
+        source = Frames(args.img) if stream else read_picture(args.img)
+        video = VideoFile(args.out, source.rate) if stream else None
         model = load_model(cfg, args.checkpoint, args.device)
+        if args.warm_start:
+            begin_warm(model, cfg)
+        if stream:
+            predict_stream(model, cfg, source, video, args.opacity)
+            return
         if args.equilibrium is not None:
             find_backbone(model)
             if args.equilibrium < 0:
                 raise ValueError('--equilibrium N must be at least 1')
-    paint(model, picture, prepare(cfg, args.img, picture), args)
+    paint(model, source, prepare(cfg, args.img, source), args)
     print(args.out)
 
 

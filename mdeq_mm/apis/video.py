@@ -1,0 +1,155 @@
+"""Frames of a video in and out, and the prediction for each of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate, pseudo_collate
+
+VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+# Steps of a test pipeline that read labels, which a picture of one's own does not have.
+LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
+CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
+
+
+def is_stream(path: str) -> bool:
+    """Whether a path is a folder or is named as a video is."""
+    return Path(path).is_dir() or Path(path).suffix.lower() in VIDEOS
+
+
+class Frames:
+    """The frames of a video, or of a folder of pictures in the order of their names.
+
+    Iterating gives arrays (H, W, 3), BGR uint8.
+
+    Args:
+        path: The video or the folder.
+
+    Attributes:
+        count: Number of frames; of a video what its header says, 0 where it says nothing.
+        rate: Frames a second; 25 where the source has none.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or no picture in the folder.
+        ValueError: If the first frame cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.rate = path, 25.0
+        self._files: list[Path] = []
+        if Path(path).is_dir():
+            names = Path(path).iterdir()
+            self._files = sorted(p for p in names if p.suffix.lower() in PICTURES)
+            if not self._files:
+                raise FileNotFoundError(f'folder {path} has no pictures ({", ".join(PICTURES)})')
+            self.count = len(self._files)
+        elif Path(path).is_file():
+            video = cv2.VideoCapture(path)
+            self.rate = video.get(cv2.CAP_PROP_FPS) or self.rate
+            self.count = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+            video.release()
+        else:
+            raise FileNotFoundError(f'video {path} does not exist')
+        next(iter(self))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self._pictures() if self._files else self._video()
+
+    def _pictures(self) -> Iterator[np.ndarray]:
+        for file in self._files:
+            picture = cv2.imread(str(file))
+            if picture is None:
+                raise ValueError(f'{file} is not a picture that can be read')
+            yield picture
+
+    def _video(self) -> Iterator[np.ndarray]:
+        video = cv2.VideoCapture(self.path)
+        try:
+            found, frame = video.read()
+            if not found:
+                raise ValueError(
+                    f'{self.path} is not a video that OpenCV can read. Convert it, for example '
+                    'to H.264 in an .mp4, or give a folder of its frames'
+                )
+            while found:
+                yield frame
+                found, frame = video.read()
+        finally:
+            video.release()
+
+
+class VideoFile:
+    """Writes a video that is whole whenever it is closed, also by an interrupt.
+
+    A frame of another size begins another file, NAME_2 and so on: a video has one size.
+
+    Args:
+        path: The file, .mp4 or .avi.
+        rate: Frames a second.
+
+    Attributes:
+        paths: The files that were begun.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+    """
+
+    def __init__(self, path: str, rate: float) -> None:
+        self.path, self.rate, self.paths = Path(path), rate, []
+        if self.path.suffix.lower() not in CODECS:
+            raise ValueError(f'--out {path}: a video is written as {" or ".join(CODECS)}')
+        self._writer: cv2.VideoWriter | None = None
+        self._size: tuple[int, int] | None = None
+
+    def __enter__(self) -> 'VideoFile':
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+    def write(self, frame: np.ndarray) -> None:
+        """Add a frame (H, W, 3), BGR uint8.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        if frame.shape[:2] != self._size:
+            self._begin(frame.shape[:2])
+        self._writer.write(frame)
+
+    def _begin(self, size: tuple[int, int]) -> None:
+        if self._writer is not None:
+            self._writer.release()
+        number = len(self.paths) + 1
+        path = self.path if number == 1 else self.path.with_stem(f'{self.path.stem}_{number}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        codec = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
+        self._writer = cv2.VideoWriter(str(path), codec, self.rate, size[::-1])
+        if not self._writer.isOpened():
+            raise OSError(f'cannot write {path} with frames of {size[1]}x{size[0]}')
+        self._size = size
+        self.paths.append(path)
+
+
+def frame_batch(cfg: Config, frame: np.ndarray) -> dict[str, Any]:
+    """Make the batch of one frame that the config's test pipeline would make of its file.
+
+    Args:
+        cfg: The config.
+        frame: (H, W, 3), BGR uint8.
+    """
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
+    if any(step.type == 'LoadImageFromFile' for step in steps):
+        steps = [step for step in steps if step.type != 'LoadImageFromFile']
+    else:
+        # Data sets that hold arrays, as CIFAR-10 does, load no file, and the arrays are RGB.
+        frame = frame[..., ::-1]
+    size = frame.shape[:2]
+    sample = dict(img_path='', img=np.ascontiguousarray(frame), img_shape=size, ori_shape=size)
+    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
+    return collate([Compose(steps)(sample)])

@@ -1,0 +1,180 @@
+"""Measure what a warm start saves on a pan: calls of f, and labels that differ from a cold start.
+
+A window moves over each picture by so many pixels a frame. Each frame is segmented twice: from
+zeros and from the equilibrium of the frame before it, with the same solver at the same tolerance.
+The first frame of a pan, cold in either case, is left out.
+
+Two solves that stop at a loose tolerance differ, wherever they began. How far either is from the
+equilibrium is shown by the labels of a third, cold solve to a tenth of the smallest tolerance.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mdeq_mm.apis import (
+    add_cfg_options,
+    add_device_argument,
+    find_backbone,
+    load_config,
+    load_model,
+    one_line_errors,
+)
+from mdeq_mm.apis.video import Frames, frame_batch
+from mdeq_mm.deq import PreviousStart, ZeroStart
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument('config', help='config file of a segmentation model')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('pictures', help='folder of images to pan over')
+    parser.add_argument(
+        '--count', type=int, default=4, help='number of images, spread over the folder'
+    )
+    parser.add_argument('--frames', type=int, default=8, help='frames of each pan')
+    parser.add_argument(
+        '--window',
+        type=int,
+        nargs=2,
+        default=(160, 224),
+        metavar=('H', 'W'),
+        help='rows and columns of the window',
+    )
+    parser.add_argument(
+        '--pixels',
+        type=int,
+        nargs='+',
+        default=(1, 2, 4),
+        help='pixels that the window moves a frame',
+    )
+    parser.add_argument(
+        '--tol', type=float, nargs='+', default=(1e-2, 1e-3), help='tolerances of the solver'
+    )
+    parser.add_argument('--max-iter', type=int, default=60, help='calls of f a solve may take')
+    parser.add_argument('--out', default='work_dirs/warm_start.json', help='file of the numbers')
+    add_cfg_options(parser)
+    add_device_argument(parser)
+    args = parser.parse_args(argv)
+    if args.count < 1 or args.frames < 2 or min(args.pixels) < 0:
+        parser.error('--count must be at least 1, --frames at least 2, --pixels at least 0')
+    return args
+
+
+def pan(picture: np.ndarray, window: tuple[int, int], pixels: int, count: int) -> list[np.ndarray]:
+    """Frames (H, W, 3) of a window that moves to the right from a picture's left edge.
+
+    Raises:
+        ValueError: If the window would leave the picture.
+    """
+    height, width = window
+    needed = width + pixels * (count - 1)
+    if height > picture.shape[0] or needed > picture.shape[1]:
+        raise ValueError(
+            f'a pan of {count} frames of {height}x{width} by {pixels} pixels needs pictures of '
+            f'{height}x{needed} or more, got {picture.shape[0]}x{picture.shape[1]}'
+        )
+    top = (picture.shape[0] - height) // 2
+    return [picture[top : top + height, i * pixels : i * pixels + width] for i in range(count)]
+
+
+@torch.no_grad()
+def solve_pan(
+    model: nn.Module, batches: list[dict[str, Any]], warm: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Calls of f and labels (H, W) of each frame."""
+    implicit = find_backbone(model).implicit
+    implicit.start = PreviousStart() if warm else ZeroStart()
+    for batch in batches:
+        sample = model.test_step(dict(batch))[0]
+        yield int(implicit.forward_stats.num_iter[0]), sample.pred_sem_seg.data[0]
+
+
+def labels_equal(one: list[tuple[int, Tensor]], other: list[tuple[int, Tensor]]) -> float:
+    """Share of the labels that are equal, the first frame left out."""
+    pairs = list(zip(one, other, strict=True))[1:]
+    return float(np.mean([(a == b).float().mean().item() for (_, a), (_, b) in pairs]))
+
+
+def compare(
+    cold: list[list[tuple[int, Tensor]]],
+    warm: list[list[tuple[int, Tensor]]],
+    exact: list[list[tuple[int, Tensor]]],
+) -> dict[str, float]:
+    """Mean calls of f a frame, and shares of equal labels, over pans of the same frames."""
+    cold_calls, warm_calls = (
+        float(np.mean([calls for solved in pans for calls, _ in solved[1:]]))
+        for pans in (cold, warm)
+    )
+
+    def equal(one: list, other: list) -> float:
+        return float(np.mean([labels_equal(a, b) for a, b in zip(one, other, strict=True)]))
+
+    return dict(
+        cold=cold_calls,
+        warm=warm_calls,
+        ratio=warm_calls / cold_calls,
+        equal=equal(cold, warm),
+        cold_exact=equal(cold, exact),
+        warm_exact=equal(warm, exact),
+    )
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, float]]:
+    """Print a row for each tolerance and speed, and write them.
+
+    Args:
+        argv: The command line; the process's own by default.
+    """
+    args = parse_args(argv)
+    with one_line_errors('warm_start.py'):
+        cfg = load_config(args.config, options=args.cfg_options)
+        pictures = list(Frames(args.pictures))
+        chosen = np.linspace(0, len(pictures) - 1, min(args.count, len(pictures))).astype(int)
+        pans = {
+            pixels: [pan(pictures[i], tuple(args.window), pixels, args.frames) for i in chosen]
+            for pixels in args.pixels
+        }
+        model = load_model(cfg, args.checkpoint, args.device)
+        implicit = find_backbone(model).implicit
+    batches = {
+        pixels: [[frame_batch(cfg, frame) for frame in frames] for frames in moving]
+        for pixels, moving in pans.items()
+    }
+
+    def solved(pixels: int, tol: float, max_iter: int, warm: bool) -> list:
+        implicit.eval_solver = implicit.solver.replace(max_iter=max_iter, tol=tol)
+        return [list(solve_pan(model, frames, warm)) for frames in batches[pixels]]
+
+    print('pixels  tol      cold   warm   ratio  cold=warm  cold=exact  warm=exact')
+    rows = []
+    for pixels in args.pixels:
+        exact = solved(pixels, min(args.tol) / 10, 2 * args.max_iter, False)
+        for tol in args.tol:
+            cold, warm = (solved(pixels, tol, args.max_iter, w) for w in (False, True))
+            row = dict(pixels=pixels, tol=tol, **compare(cold, warm, exact))
+            rows.append(row)
+            shares = (f'{100 * row[name]:.2f}%' for name in ('equal', 'cold_exact', 'warm_exact'))
+            print(
+                f'{pixels:<7} {tol:<8g} {row["cold"]:<6.1f} {row["warm"]:<6.1f} '
+                f'{row["ratio"]:<6.2f}',
+                *shares,
+                flush=True,
+            )
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=2))
+    return rows
+
+
+if __name__ == '__main__':
+    main()

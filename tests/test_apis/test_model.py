@@ -44,7 +44,7 @@ def test_a_budget_holds_in_the_block_and_the_model_is_as_before(solver):
     for count in (1, 2, 20):
         with evaluations_allowed(net.implicit, count):
             # The iterate of smallest residual is that of the last evaluation but one.
-            assert torch.equal(net(X), after(count))
+            torch.testing.assert_close(net(X), after(count), atol=0, rtol=0)
             assert net.implicit.forward_stats.num_iter.tolist() == [count, count]
         assert vars(net.implicit) == before
     with pytest.raises(RuntimeError), evaluations_allowed(net.implicit, 2):
@@ -52,11 +52,19 @@ def test_a_budget_holds_in_the_block_and_the_model_is_as_before(solver):
     assert vars(net.implicit) == before
 
 
+def test_a_budget_is_for_evaluation_and_leaves_the_training_solver():
+    net = Contraction(eval_solver=FixedPointIteration(max_iter=3))
+    solver = net.implicit.solver
+    with evaluations_allowed(net.implicit, 2):
+        assert net.implicit.solver is solver and net.implicit.current_solver is solver
+        assert net.implicit.eval_solver == FixedPointIteration(max_iter=2)
+
+
 def test_an_unrolled_net_has_so_many_layers_in_the_block():
     net = Contraction(unrolled_layers=5).eval()
     with evaluations_allowed(net.implicit, 2):
-        assert torch.equal(net(X), after(2))
-    assert torch.equal(net(X), after(5))
+        torch.testing.assert_close(net(X), after(2), atol=0, rtol=0)
+    torch.testing.assert_close(net(X), after(5), atol=0, rtol=0)
 
 
 def test_a_net_of_ones_own_is_found():

@@ -154,6 +154,17 @@ def test_pickles_of_numpy_1_and_2_are_read(tmp_path, core):
     assert loaded['a'].tolist() == [0.0, 1.0, 2.0] and loaded['b'] == 2
 
 
+@pytest.mark.parametrize('kind', ['O', 'V8', 'M8[s]', 'S3', 'U3'])
+def test_arrays_hold_numbers_and_booleans_only(tmp_path, kind):
+    """An object array is a pickle of anything; the others nobody needs."""
+    path = str(tmp_path / 'array.pth')
+    torch.save(dict(state_dict={}, meta=np.zeros(2, dtype=kind)), path)
+    with pytest.raises(
+        (compat.UnsafeCheckpointError, ValueError), match=r'numpy\.dtypes\.\w+DType'
+    ):
+        compat.verify_checkpoint(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere.pth'):
         compat.verify_checkpoint(str(tmp_path / 'nowhere.pth'))

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from mdeq_mm.deq import FixedPointIteration, ImplicitLayer, SolverStats
 from mdeq_mm.deq.gradients import (
     Gradient,
     JacobianFreeGradient,
@@ -14,7 +15,7 @@ from mdeq_mm.deq.gradients import (
     SharedInverseGradient,
     TruncatedGradient,
 )
-from mdeq_mm.deq.solvers import Solver, solve
+from mdeq_mm.deq.solvers import Solution, Solver, Status, solve
 from mdeq_mm.registry import build_implicit, build_part
 
 TIGHT = dict(type='LimitedMemoryBroyden', max_iter=200, tol=1e-13, memory=20)
@@ -290,3 +291,66 @@ def test_wrong_part_is_named_with_the_valid_choices(make, words):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_nan_in_the_learnt_inverse_falls_back_sample_by_sample(parts):
+    w, x, v = parts
+    z = unrolled(w, x).detach()
+
+    class Estimate:
+        def inverse_transpose(self, v):
+            estimate = -1.1 * v
+            estimate[1, 2] = float('nan')
+            estimate[2] = float('inf')
+            return estimate
+
+    solution = Solution(z, *[torch.zeros(len(z))] * 4, state=Estimate())
+    out = SharedInverseGradient()(lambda z: torch.tanh(z @ w.T + x), solution)
+    (got,) = torch.autograd.grad(out, x, v)
+    slope = 1 - z.square()
+    factor = torch.tensor([1.1, 1, 1, 1.1], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(got, factor * v * slope, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize('graph_before', [False, True])
+def test_autocast_keeps_no_weight_of_a_solve_for_the_call_with_a_graph(graph_before):
+    """A weight that was cast without grad would cut its parameter off."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(6, 6), torch.randn(4, 6)
+    layer = ImplicitLayer(FixedPointIteration(max_iter=20, tol=0), JacobianFreeGradient())
+
+    def f(z):
+        return torch.tanh(0.5 * linear(z).float() + x)
+
+    (wanted,) = torch.autograd.grad(layer(f, torch.zeros_like(x)).sum(), linear.weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        with torch.set_grad_enabled(graph_before):
+            layer(f, torch.zeros_like(x))
+        (got,) = torch.autograd.grad(
+            layer(f, torch.zeros_like(x)).sum(), linear.weight, allow_unused=True
+        )
+    assert got is not None, 'the weight got no gradient'
+    torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.05)
+
+
+def test_statistics_are_those_of_the_last_pass_alone(parts):
+    w, x, v = parts
+    layer = build_implicit(TIGHT, EXACT)
+    torch.autograd.grad(run(layer, w, x), w, v)
+    assert layer.forward_stats is not None and layer.backward_stats is not None
+    run(layer, w, x)
+    assert layer.forward_stats is not None and layer.backward_stats is None
+    layer.unrolled_layers = 2
+    run(layer, w, x)
+    assert layer.forward_stats is None and layer.backward_stats is None
+
+
+def test_diverged_and_non_finite_samples_count_as_failed():
+    status = torch.tensor([Status.CONVERGED, Status.EXHAUSTED, Status.DIVERGED, Status.NON_FINITE])
+    stats = SolverStats(torch.tensor([0.0, 1, 2, 5]), torch.tensor([1, 2, 3, 6]), status)
+    assert stats.summary() == dict(nfe=3.0, residual=2.0, converged=0.25, failed=2.0)
+
+
+def test_the_solver_of_a_gradient_has_no_jitter():
+    with pytest.raises(ValueError, match='jitter'):
+        build_part(dict(EXACT, solver=dict(TIGHT, jitter=(100, 300))), Gradient)

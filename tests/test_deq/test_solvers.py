@@ -11,6 +11,9 @@ from mdeq_mm.deq.solvers import (
     Status,
     solve,
 )
+from mdeq_mm.deq.solvers.base import _Record, _relative
+from mdeq_mm.deq.solvers.products import project
+from mdeq_mm.deq.solvers.secant import _linear_solve
 
 from ..problems import affine_contraction, cosine, expanding_root, rotation, textbook_broyden
 
@@ -103,6 +106,26 @@ def test_anderson_solves_a_linear_problem_in_dimension_plus_two_evaluations():
     torch.testing.assert_close(found.z, problem.solution, atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.parametrize('damping', [0.4, 1.0])
+@pytest.mark.parametrize('ridge', [0.0, 0.3])
+def test_anderson_steps_by_its_formula(damping, ridge):
+    """p = b g - (S + b Y) c, where (Y'Y + ridge diag(Y'Y)) c = Y'g over the last m pairs."""
+    problem, memory = affine_contraction(n=1, d=10), 3
+    f = Counted(lambda z: torch.tanh(2 * problem.f(z)))
+    options = dict(memory=memory, damping=damping, ridge=ridge)
+    solve(f, problem.start, Anderson(max_iter=9, tol=0, **options))
+    points = torch.cat(f.points)
+    g = torch.cat([f.f(z[None]) for z in points]) - points
+    for k in range(1, len(points) - 1):
+        pairs = range(max(0, k - memory), k)
+        s = torch.stack([points[i + 1] - points[i] for i in pairs], dim=1)
+        y = torch.stack([g[i + 1] - g[i] for i in pairs], dim=1)
+        normal = y.T @ y
+        c = torch.linalg.solve(normal + ridge * normal.diag().diag(), y.T @ g[k])
+        expected = points[k] + damping * g[k] - (s + damping * y) @ c
+        torch.testing.assert_close(points[k + 1], expected, atol=1e-8, rtol=1e-6)
+
+
 def test_memory_of_one_anderson_is_the_secant_method_on_a_scalar():
     def f(z):
         return torch.cos(z)
@@ -172,11 +195,11 @@ def test_start_and_argument_of_f_are_left_alone(make):
     def f(z):
         before = z.clone()
         out = problem.f(z)
-        assert torch.equal(before, z)
+        torch.testing.assert_close(z, before, atol=0, rtol=0)
         return out
 
     solve(f, start, make(max_iter=10, tol=0))
-    assert torch.equal(start, copy)
+    torch.testing.assert_close(start, copy, atol=0, rtol=0)
 
 
 @every_solver
@@ -189,7 +212,7 @@ def test_best_iterate_survives_a_function_that_gets_worse(make):
 
     found = solve(f, torch.zeros(2, 3), make(max_iter=6, tol=0))
     index = found.trace[:, 0].argmin()
-    assert torch.equal(found.z, calls[index])
+    torch.testing.assert_close(found.z, calls[index], atol=0, rtol=0)
 
 
 @every_solver
@@ -213,7 +236,7 @@ def test_non_finite_sample_keeps_its_best_iterate_and_harms_nobody(make, bad):
     assert torch.isfinite(found.z).all()
     assert (found.z[3] != 0).any() and found.num_iter[3] == 4
     torch.testing.assert_close(found.z[others], healthy.z[others])
-    assert torch.equal(found.num_iter[others], healthy.num_iter[others])
+    assert found.num_iter[others].tolist() == healthy.num_iter[others].tolist()
 
 
 @every_solver
@@ -369,13 +392,14 @@ def test_solved_rows_stop_costing_and_change_nothing(make, tol):
     part = solve(f, z0, solver, f_of_rows=f_of_rows)
     assert len(sizes) == calls and sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 7 and sizes[-1] <= 3 and len(set(sizes)) >= 2
-    assert torch.equal(z0, torch.zeros_like(z0))
+    torch.testing.assert_close(z0, torch.zeros_like(z0), atol=0, rtol=0)
     for name in ('z', 'residual', 'num_iter', 'status', 'trace'):
         got, wanted = getattr(part, name), getattr(whole, name)
-        assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12), name
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
     # The state that is asked for is that of all rows.
     kept = solve(f, z0, solver, keep_state=True, f_of_rows=f_of_rows)
-    assert torch.equal(kept.z, whole.z) and sizes[-1] == 7
+    torch.testing.assert_close(kept.z, whole.z, atol=0, rtol=0)
+    assert sizes[-1] == 7
 
 
 def test_rows_that_are_left_alone_may_fail_or_run_out():
@@ -392,3 +416,122 @@ def test_rows_that_are_left_alone_may_fail_or_run_out():
         for name in ('z', 'residual', 'num_iter', 'status', 'trace'):
             got, wanted = getattr(part, name), getattr(whole, name)
             torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@every_solver
+def test_a_frozen_sample_does_not_move(make):
+    """What f is given in its row stays the iterate at which the sample was solved."""
+    problem = cosine(n=2)
+    start = problem.start
+    start[0] = problem.solution[0] + 1e-4
+    f = Counted(problem.f)
+    found = solve(f, start, make(max_iter=40, tol=1e-3))
+    solved = found.num_iter[0].item()
+    assert solved == 1 and len(f.points) > 2
+    for point in f.points[solved:]:
+        torch.testing.assert_close(point[0], f.points[solved - 1][0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('make', [Anderson, LimitedMemoryBroyden])
+def test_a_singular_small_system_takes_the_plain_step(make):
+    """On a staircase every step is 1 and y = 0: the sixth evaluation stands on the fixed point."""
+    start = torch.zeros(2, 1, dtype=torch.float64)
+    found = solve(lambda z: (z.floor() + 1).clamp(max=5), start, make(max_iter=20))
+    assert [Status(code).name for code in found.status.tolist()] == ['CONVERGED'] * 2
+    assert found.num_iter.tolist() == [6, 6]
+    torch.testing.assert_close(found.z, torch.full_like(start, 5))
+
+
+@every_solver
+def test_autocast_is_for_f_and_not_for_the_steps(make, monkeypatch):
+    # Autocast reaches torch's operators alone.
+    monkeypatch.setattr('mdeq_mm.deq.solvers.products._FASTER', {})
+    f, plain = (Counted(lambda z: 0.9 * torch.cos(z + torch.arange(40))) for _ in range(2))
+    solver = make(max_iter=8, tol=0)
+    with torch.autocast('cpu', torch.bfloat16):
+        solve(f, torch.zeros(2, 40), solver)
+    solve(plain, torch.zeros(2, 40), solver)
+    torch.testing.assert_close(f.points, plain.points, atol=1e-6, rtol=1e-5)
+
+
+def test_a_value_whose_length_overflows_counts_as_not_finite():
+    """A finite |f(z) - z| over an infinite |f(z)| is no residual of 0."""
+    lengths = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([float('inf'), 4.0, 0.0])
+    assert _relative(*lengths).tolist() == [float('inf'), 0.25, 0.0]
+
+
+def test_what_counts_as_solved_exploded_and_broken():
+    """Diverged: 10^4 times |f(z)|, and 10^4 times the first |f(z) - z|; either alone is not."""
+    record = _Record(torch.zeros(7, 1), FixedPointIteration(tol=0.5))
+    record.update(torch.ones(7), torch.ones(7))
+    lengths = torch.tensor(
+        [[0.5, 1], [0.51, 1], [1.1e4, 1], [1.1e4, 1.2], [0.9e4, 0.5], [float('nan'), 1], [1, 1e-5]]
+    )
+    outcome = record.update(*lengths.unbind(1))
+    names = 'CONVERGED EXHAUSTED DIVERGED EXHAUSTED EXHAUSTED NON_FINITE EXHAUSTED'.split()
+    assert [Status(code).name for code in record.status.tolist()] == names
+    assert record.active.tolist() == [name == 'EXHAUSTED' for name in names]
+    assert outcome.num_active == 4
+    # Ended samples count no more evaluations, repeat their residual and cannot improve.
+    outcome = record.update(torch.full((7,), 0.1), torch.ones(7))
+    assert record.num_iter.tolist() == [3 if name == 'EXHAUSTED' else 2 for name in names]
+    assert record.trace[2][0] == 0.5 and record.trace[2][2] == record.trace[1][2]
+    assert not outcome.improved[[0, 2, 5]].any()
+
+
+def test_check_every_looks_at_every_so_many_evaluations():
+    f = Counted(lambda z: 0.5 * torch.cos(z))
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    looking = solve(f, start, FixedPointIteration(max_iter=40, tol=1e-3))
+    calls = len(f.points)
+    f.points.clear()
+    seldom = solve(f, start, FixedPointIteration(max_iter=40, tol=1e-3, check_every=7))
+    assert len(f.points) == 7 * -(-calls // 7) and calls % 7
+    for name in ('z', 'residual', 'num_iter', 'status'):
+        torch.testing.assert_close(getattr(seldom, name), getattr(looking, name), msg=name)
+
+
+def test_the_linear_solve_of_an_export_pivots(monkeypatch):
+    """Without a choice of rows the first of these divides by zero, the second by rounding."""
+    matrix = torch.tensor(
+        [
+            [[0.0, 2, 1], [1, 0, 3], [4, 1, 0]],
+            [[1e-17, 1, 0], [1, 1, 1], [0, 1, 2]],
+            [[2, 1, 0], [1, 3, 1], [0, 1, 4]],
+        ],
+        dtype=torch.float64,
+    )
+    rhs = torch.arange(1.0, 10, dtype=torch.float64).view(3, 3)
+    expected = torch.linalg.solve(matrix, rhs)
+    monkeypatch.setattr(torch.compiler, 'is_exporting', lambda: True)
+    torch.testing.assert_close(_linear_solve(matrix, rhs), expected)
+
+
+def test_sums_over_a_history_in_float16_do_not_overflow():
+    ones = torch.full((1, 1, 70_000), 1.0, dtype=torch.float16)
+    assert project(ones, ones.float()).item() == 70_000
+
+
+def test_jitter_draws_as_often_up_to_max_iter_as_beyond_it():
+    generator = torch.Generator().manual_seed(0)
+    solver = FixedPointIteration(max_iter=4, jitter=(3, 9))
+    drawn = [solver.drawn(generator) for _ in range(2000)]
+    counts = torch.tensor([other.max_iter for other in drawn])
+    assert sorted(set(counts.tolist())) == list(range(3, 10))
+    assert (counts <= 4).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert all(other.jitter is None for other in drawn)
+    solver = FixedPointIteration(max_iter=4, jitter=(2, 4))
+    counts = [solver.drawn(generator).max_iter for _ in range(200)]
+    assert sorted(set(counts)) == [2, 3, 4]
+
+
+def test_the_history_is_as_long_as_it_can_be_used():
+    """The first evaluation has no step before it and the last none after it."""
+    for max_iter, memory, slots in ((9, 5, 5), (6, 5, 4), (2, 5, 1), (1, 5, 1)):
+        state = Anderson(max_iter=max_iter, memory=memory).init(torch.zeros(2, 3))
+        assert state.tests.shape == state.images.shape == (2, slots, 3), (max_iter, memory)
+
+
+def test_a_start_of_integers_is_refused():
+    with pytest.raises(ValueError, match='floating-point'):
+        solve(lambda z: z, torch.zeros(2, 3, dtype=torch.long), FixedPointIteration())

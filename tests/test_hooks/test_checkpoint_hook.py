@@ -1,5 +1,7 @@
 """Old checkpoints stay until the new one is whole, whatever goes wrong in between."""
 
+import os
+
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
@@ -131,3 +133,22 @@ def test_a_backend_of_the_users_own_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(WholeFileBackend, 'put', lambda *_: pytest.fail('written by our backend'))
     run(tmp_path, backend_args=dict(backend='local'))
     assert checkpoints(tmp_path) == ['iter_3.pth']
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut after the rename leaves an empty file under the name."""
+    path, events, sync, rename = tmp_path / 'a.pth', [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        events.append(('synced', os.fstat(descriptor).st_size, path.exists()))
+        sync(descriptor)
+
+    def replace(source, target):
+        events.append(('renamed', str(source), str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    WholeFileBackend().put(b'whole', str(path))
+    assert events == [('synced', 5, False), ('renamed', f'{path}.part', str(path))]
+    assert path.read_bytes() == b'whole'

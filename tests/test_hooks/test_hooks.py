@@ -139,6 +139,14 @@ def test_warmup_returns_to_an_unrolled_configuration(tmp_path):
     assert model.backbone.implicit.unrolled_layers == 3
 
 
+def test_training_that_ends_in_the_warmup_leaves_the_model_as_it_was(tmp_path):
+    model = Toy()
+    hook = MDEQWarmupHook(unrolled_iters=9, unrolled_layers=2, softplus_iters=9)
+    run(tmp_path, model, [hook], max_iters=1)
+    assert train_phases(model) == [(2, True)]
+    assert (model.backbone.implicit.unrolled_layers, model.backbone.cell.smooth) == (0, False)
+
+
 def test_warmup_without_an_mdeq_is_an_error(tmp_path):
     class Plain(BaseModel):
         def __init__(self):

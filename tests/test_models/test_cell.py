@@ -26,7 +26,9 @@ def reference(cell, states, x, resize, act):
     blocks = []
     for i, (b, z) in enumerate(zip(cell.blocks, states)):
         h = F.relu(norm(b.norm1, F.conv2d(z, b.conv1.weight, padding=1)))
-        h = F.conv2d(h, b.conv2.weight, padding=1) + (x if i == 0 else 0)
+        h = F.conv2d(h, b.conv2.weight, padding=1)
+        mask = b.drop.mask(h)
+        h = (h if mask is None else h * mask) + (x if i == 0 else 0)
         blocks.append(norm(b.norm3, act(norm(b.norm2, h) + z)))
     outs = []
     for i, fusion in enumerate(cell.fusions):
@@ -65,10 +67,25 @@ def test_cell_is_the_formula(channels, size, smooth, upsample):
     expected = reference(cell, states, x, resize, F.softplus if smooth else F.relu)
     before = [s.clone() for s in states]
     got = cell(states, x)
-    assert all(torch.equal(s, b) for s, b in zip(states, before))
+    torch.testing.assert_close(states, before, atol=0, rtol=0)
     for g, e, s in zip(got, expected, states):
         assert g.shape == s.shape
         torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_dropout_is_of_the_second_convolution_and_not_of_the_injection(fused):
+    torch.manual_seed(0)
+    cell = MDEQCell((16, 8), expansion=1, drop_rate=0.5).double()
+    if not fused:
+        # A hook keeps the modules from being computed as one.
+        for block in cell.blocks:
+            block.norm2.register_forward_hook(lambda *_: None)
+    states = features((16, 8))
+    x = torch.randn_like(states[0])
+    got = cell(states, x)
+    expected = reference(cell, states, x, lambda h, size: F.interpolate(h, size=size), F.relu)
+    torch.testing.assert_close(got, expected)
 
 
 def test_dropout_masks_are_one_function_until_reset():

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 from mdeq_mm.models import NeuralODEBackbone
+from mdeq_mm.models.neural_ode import ConvODEFunction
 
 torchdiffeq = pytest.importorskip('torchdiffeq')
 
@@ -37,6 +39,17 @@ def test_the_field_depends_on_time():
         backbone.function.conv3.weight[:, -1] = 1
     image = torch.rand(1, 3, 4, 4)
     torch.testing.assert_close(backbone(image)[0], image + 0.5)
+
+
+def test_the_field_is_three_convolutions_with_two_rectifiers():
+    torch.manual_seed(0)
+    field, t, z = ConvODEFunction(3, 6), torch.tensor(0.7), torch.randn(2, 3, 4, 5)
+    time = torch.full((2, 1, 4, 5), 0.7)
+    out = z
+    for conv, act in ((field.conv1, F.relu), (field.conv2, F.relu), (field.conv3, lambda h: h)):
+        weights = dict(weight=conv.weight, bias=conv.bias, padding=conv.weight.shape[-1] // 2)
+        out = act(F.conv2d(torch.cat([out, time], dim=1), **weights))
+    torch.testing.assert_close(field(t, z), out)
 
 
 def test_adjoint_gradient_is_that_of_a_differentiated_integrator():

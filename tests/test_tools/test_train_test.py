@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 
-from mdeq_mm.apis import DATALOADERS, check_data
+from mdeq_mm.apis import DATALOADERS, build_runner, check_data
 from tools import test, train
 
 from ..mini_datasets import write_cityscapes, write_class_folders
@@ -255,6 +256,15 @@ def test_segmentation_outputs(tiny, seg_options, seg_checkpoint):
     assert len(painted) == 2
 
 
+def test_a_run_of_segmentation_begins_with_the_mended_class_weights(monkeypatch):
+    calls = []
+    monkeypatch.setattr('mdeq_mm.apis.runner.mend_class_weights', lambda: calls.append('mended'))
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: calls.append('built'))
+    for scope in ('mmseg', 'mmpretrain'):
+        build_runner(Config(dict(launcher='none', default_scope=scope)))
+    assert calls == ['mended', 'built', 'built']
+
+
 def test_tta_averages_over_scales_and_flips(tiny, seg_options, seg_checkpoint):
     runner, _ = test.main(['seg.py', seg_checkpoint, '--tta', *seg_options])
     assert type(runner.model).__name__ == 'SegTTAModel'
@@ -277,6 +287,10 @@ def test_classification_outputs(tiny, cls_options):
     runner, metrics = test.main(['cls.py', checkpoint, *flags, *cls_options])
     assert json.loads((tiny / 'm.json').read_text()) == metrics
     assert type(runner.model).__name__ == 'AverageClsScoreTTA'
+    # The picture and its mirror image.
+    mirrored, plain = runner.test_dataloader.dataset[0]['inputs']
+    torch.testing.assert_close(mirrored.flip(-1), plain, atol=0, rtol=0)
+    assert not torch.equal(mirrored, plain), 'a picture that is its own mirror image tells nothing'
     test.main(['cls.py', checkpoint, '--show-dir', 'shown', '--interval', '5', *cls_options])
     assert len(list((tiny / 'shown').iterdir())) == 2
 

@@ -14,7 +14,7 @@ from mmengine.config import Config
 
 import tools.test
 import tools.train
-from tools.analysis_tools import accuracy_vs_nfe, inference, plot_convergence
+from tools.analysis_tools import accuracy_vs_nfe, inference, plot_convergence, warm_start
 from tools.model_converters import mdeq_to_mm
 
 from ..mini_datasets import write_cityscapes
@@ -139,6 +139,7 @@ LOADERS = {
     inference: ['picture.png', 'seg.py', 'evil.pth'],
     plot_convergence: ['seg.py', 'evil.pth'],
     accuracy_vs_nfe: ['seg.py', 'evil.pth'],
+    warm_start: ['seg.py', 'evil.pth', '.'],
 }
 
 

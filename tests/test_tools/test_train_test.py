@@ -258,7 +258,7 @@ def test_segmentation_outputs(tiny, seg_options, seg_checkpoint):
 
 def test_a_run_of_segmentation_begins_with_the_mended_class_weights(monkeypatch):
     calls = []
-    monkeypatch.setattr('mdeq_mm.apis.runner.mend_class_weights', lambda: calls.append('mended'))
+    monkeypatch.setattr('mdeq_mm.apis.runner.patch_class_weights', lambda: calls.append('mended'))
     monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: calls.append('built'))
     for scope in ('mmseg', 'mmpretrain'):
         build_runner(Config(dict(launcher='none', default_scope=scope)))

@@ -139,7 +139,7 @@ LOADERS = {
     inference: ['picture.png', 'seg.py', 'evil.pth'],
     plot_convergence: ['seg.py', 'evil.pth'],
     accuracy_vs_nfe: ['seg.py', 'evil.pth'],
-    warm_start: ['seg.py', 'evil.pth', '.'],
+    warm_start: ['seg.py', 'evil.pth', '.', '--frames', '2', '--window', '32', '32'],
 }
 
 

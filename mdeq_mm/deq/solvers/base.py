@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...options import check_int, check_number, immutable
-from .products import at_least_float32, products_for
+from .products import at_least_float32, products_for, recording
 
 Function = Callable[[Tensor], Tensor]
 
@@ -191,8 +191,7 @@ class _Record:
         self.solver = solver
         # A graph cannot branch on values, and a fixed budget on a GPU has nothing to decide:
         # masks alone freeze samples there.
-        exporting = torch.compiler.is_exporting()
-        self.asks = not exporting and (solver.tol > 0 or z0.device.type == 'cpu')
+        self.asks = not recording() and (solver.tol > 0 or z0.device.type == 'cpu')
         self.best = z0
         self.residual = z0.new_full((n,), float('inf'), dtype=at_least_float32(z0.dtype))
         self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)

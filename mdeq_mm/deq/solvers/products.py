@@ -113,6 +113,11 @@ def combination(weights: Tensor, basis: Tensor) -> Tensor:
     return torch.bmm(weights.to(basis.dtype).unsqueeze(1), basis).squeeze(1).to(weights.dtype)
 
 
+def recording() -> bool:
+    """Whether a graph is recorded that will run on other values: it cannot branch on them."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 _TORCH = Products()
 _FASTER: dict[str, Products] = {}
 
@@ -125,9 +130,10 @@ def register_products(device: str, products: Products) -> None:
 def products_for(z: Tensor, history: torch.dtype | None = None) -> Products:
     """What works on states like ``z``, with a history in the dtype ``history``.
 
-    In torch's operators where a graph is recorded: an export, a compiled call, fake tensors.
+    In torch's operators where a graph is recorded: an export, a trace, a compiled call, fake
+    tensors.
     """
-    plain = type(z) is Tensor and not torch.compiler.is_compiling()
+    plain = type(z) is Tensor and not torch.compiler.is_compiling() and not recording()
     pairs = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16))
     pairs += ((torch.float64, torch.float64),)
     if plain and (z.dtype, history or z.dtype) in pairs:

@@ -84,6 +84,13 @@ class MDEQBackbone(BaseModule):
             which keep PyTorch's.
     """
 
+    #: mmseg's models hand their own ``pretrained`` on to the backbone.
+    option_remedies = dict(
+        pretrained=" It is mmsegmentation's model.pretrained, weights of the backbone that stood "
+        "here: set model.pretrained=None, and load MDEQ's own by backbone.init_cfg="
+        "dict(type='Pretrained', checkpoint=..., prefix='backbone.')."
+    )
+
     def __init__(
         self,
         arch: str | None = None,
@@ -294,14 +301,20 @@ def _check_norm_cfg(name: str, option: str, value: Any) -> None:
             f"{name}: {option} must be a dict with a 'type', as dict(type='GN', num_groups=8), got "
             f'{value!r}. f and its stem do not converge without normalization.'
         )
+    if option == 'stem_norm_cfg' and value['type'] == 'GN' and 'num_groups' not in value:
+        raise ValueError(f"{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.")
+
+
+_ENTRY = dict(channels='scale', stem_strides='convolution')
 
 
 def _checked_sequence(name: str, option: str, value: Any) -> tuple[int, ...]:
     """``value`` as a tuple of positive integers."""
     if isinstance(value, (str, int)) or not isinstance(value, Sequence) or not value:
+        example = f' For one {_ENTRY[option]} write ({value},).' if type(value) is int else ''
         raise ValueError(
             f'{name}: {option} must be a list of integers >= 1 with at least one entry, got '
-            f'{value!r}.'
+            f'{value!r}.{example}'
         )
     return tuple(check_int(name, option, entry, 1) for entry in value)
 
@@ -319,6 +332,6 @@ def _checked_out_indices(
     ):
         raise ValueError(
             f'{name}: out_indices must be a list of scales among 0..{num_scales - 1} (channels has '
-            f'{num_scales} entries), got {out_indices!r}.'
+            f'{num_scales} entries), as ({num_scales - 1},), got {out_indices!r}.'
         )
     return indices

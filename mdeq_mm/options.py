@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 T = TypeVar('T', bound=type)
 
 _INHERITED = (
-    " Where a config's _base_ gives it to the part that stood here, _delete_=True beside type drops "
-    'what is inherited.'
+    " Where a config's _base_ gives it to the part that stood here, _delete_=True beside type "
+    'drops what is inherited.'
 )
 
 

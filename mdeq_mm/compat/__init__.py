@@ -9,7 +9,12 @@ from .loading import (
     force_safe_loading,
     verify_checkpoint,
 )
-from .patches import allow_repeated_backward, mend_class_weights, mend_config_lookup
+from .patches import (
+    allow_repeated_backward,
+    mend_class_weights,
+    mend_config_lookup,
+    mend_norm_fusion,
+)
 from .stack import (
     PACKAGES,
     Package,
@@ -41,6 +46,7 @@ __all__ = [
     'installed_version',
     'mend_class_weights',
     'mend_config_lookup',
+    'mend_norm_fusion',
     'operators_command',
     'verify_checkpoint',
 ]

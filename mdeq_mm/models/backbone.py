@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import allow_repeated_backward
 from ..deq import CellProblem
-from ..layers import check_groups
+from ..layers import ScaleOutput, check_groups
 from ..options import check_choice, check_flag, check_int, check_number, checks_options
 from ..registry import build_implicit
 from .cell import MDEQCell
@@ -75,7 +75,8 @@ class MDEQBackbone(BaseModule):
             once at most half are unsolved.
         compile_cell (bool | dict): Compile f by ``torch.compile``; a dict holds its options.
         channels_last (bool | str): Memory format of the maps inside. ``'auto'`` is channels last
-            on a CPU, where convolutions and by far their gradients are fastest with it.
+            on a CPU, where convolutions and by far their gradients are fastest with it. True is so
+            everywhere, and the maps returned are channels last as well.
         out_indices (Sequence[int], optional): Scales to return; all by default.
         frozen_stages (int): -1 trains all; 0 freezes the stem, 1 the injection as well, 2 also f.
         norm_eval (bool): Keep batch norm in evaluation mode while training.
@@ -164,6 +165,8 @@ class MDEQBackbone(BaseModule):
             unrolled_layers=unrolled_layers,
             skip_solved=skip_solved,
         )
+        # Behind f, so that the last norm of the backbone is that of its last map.
+        self.outputs = nn.ModuleList(ScaleOutput(self.channels[i]) for i in self.out_indices)
         self._compiled = _compiled_call(name, compile_cell)
         self._freeze()
 
@@ -198,10 +201,12 @@ class MDEQBackbone(BaseModule):
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             features = self.implicit(problem)
-        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+        # As other backbones give them, which heads that view() rely on.
+        layout = torch.channels_last if self.channels_last is True else torch.contiguous_format
         # Copies, not views of one state: what a head does in place stays with that head.
         return tuple(
-            features[i].to(x.dtype, memory_format=layout, copy=True) for i in self.out_indices
+            output(features[i].to(x.dtype, memory_format=layout, copy=True))
+            for i, output in zip(self.out_indices, self.outputs)
         )
 
     def problem(self, x: Tensor) -> CellProblem:
@@ -302,7 +307,7 @@ def _check_norm_cfg(name: str, option: str, value: Any) -> None:
             f'{value!r}. f and its stem do not converge without normalization.'
         )
     if option == 'stem_norm_cfg' and value['type'] == 'GN' and 'num_groups' not in value:
-        raise ValueError(f"{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.")
+        raise ValueError(f'{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.')
 
 
 _ENTRY = dict(channels='scale', stem_strides='convolution')

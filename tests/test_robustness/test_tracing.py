@@ -41,6 +41,4 @@ def test_mm_counts_the_operations_of_every_evaluation():
 def test_the_old_onnx_exporter_is_refused_and_the_new_one_named(tmp_path):
     net = tiny_backbone().eval()
     with torch.no_grad(), pytest.raises(RuntimeError, match='dynamo=True'):
-        torch.onnx.export(
-            net, (torch.randn(1, 3, 16, 16),), str(tmp_path / 'a.onnx'), dynamo=False
-        )
+        torch.onnx.export(net, (torch.randn(1, 3, 16, 16),), str(tmp_path / 'a.onnx'), dynamo=False)

@@ -7,7 +7,13 @@ nor mmcv is installed it gives :mod:`mdeq_mm.deq` alone, which needs torch only.
 
 # Loaded before anything can fail: see mdeq_mm/check/__main__.py.
 from . import check  # noqa: F401
-from .compat import allow_mm_globals, check_stack, has_openmmlab, patch_config_lookup
+from .compat import (
+    allow_mm_globals,
+    check_stack,
+    has_openmmlab,
+    patch_config_lookup,
+    patch_norm_fusion,
+)
 from .model_index import register_models
 from .threads import bound_spinning
 from .version import __version__
@@ -26,6 +32,7 @@ try:
 
         allow_mm_globals()
         patch_config_lookup()
+        patch_norm_fusion()
     else:
         from . import deq  # noqa: F401
 except Exception as error:  # an incompatible package may raise anything

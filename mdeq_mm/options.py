@@ -9,15 +9,23 @@ from typing import Any, TypeVar
 
 T = TypeVar('T', bound=type)
 
+_INHERITED = (
+    " Where a config's _base_ gives it to the part that stood here, _delete_=True beside type "
+    'drops what is inherited.'
+)
+
 
 def closest(name: str, choices: Iterable[str]) -> str:
     """A ``did you mean`` hint for a misspelt name, empty where nothing is near."""
-    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.7)
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
 def checks_options(cls: T) -> T:
-    """Class decorator: an unknown keyword raises an error that lists the valid options."""
+    """Class decorator: an unknown keyword lists the options the class does take.
+
+    ``cls.option_remedies`` says, for keywords that others put there, what to do instead.
+    """
     init = cls.__init__
     valid = [name for name in inspect.signature(init).parameters if name != 'self']
 
@@ -25,8 +33,10 @@ def checks_options(cls: T) -> T:
     def checked(self, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in valid:
+                remedies = getattr(cls, 'option_remedies', {})
+                hint = remedies.get(name) or closest(name, valid) or _INHERITED
                 raise TypeError(
-                    f'{cls.__name__} has no option {name!r}.{closest(name, valid)} '
+                    f'{cls.__name__} has no option {name!r}.{hint} '
                     f'Its options are: {", ".join(valid)}.'
                 )
         init(self, *args, **kwargs)

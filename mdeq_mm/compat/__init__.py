@@ -9,7 +9,12 @@ from .loading import (
     force_safe_loading,
     verify_checkpoint,
 )
-from .patches import allow_repeated_backward, patch_class_weights, patch_config_lookup
+from .patches import (
+    allow_repeated_backward,
+    patch_class_weights,
+    patch_config_lookup,
+    patch_norm_fusion,
+)
 from .stack import (
     PACKAGES,
     Package,
@@ -41,6 +46,7 @@ __all__ = [
     'installed_version',
     'patch_class_weights',
     'patch_config_lookup',
+    'patch_norm_fusion',
     'operators_command',
     'verify_checkpoint',
 ]

@@ -1,6 +1,7 @@
 """Behaviour of mmengine, mmseg and torch that is changed in place, and why."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -73,6 +74,28 @@ def patch_class_weights() -> None:
         return original(*given.args, **given.kwargs)
 
     module.cross_entropy = cross_entropy
+
+
+def patch_norm_fusion() -> None:
+    """Let mmcv's ``fuse_conv_bn`` fuse a batch norm without a scale and a shift.
+
+    It divides the scale without asking whether there is one. May be called again.
+    """
+    # mmcv.cnn.utils has a function of the module's name in its place.
+    module = importlib.import_module('mmcv.cnn.utils.fuse_conv_bn')
+    original = module._fuse_conv_bn
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def fuse(conv, bn):
+        if bn.weight is None:
+            affine = type(bn)(bn.num_features, eps=bn.eps).to(bn.running_mean)
+            affine.running_mean, affine.running_var = bn.running_mean, bn.running_var
+            bn = affine
+        return original(conv, bn)
+
+    module._fuse_conv_bn = fuse
 
 
 def allow_repeated_backward() -> None:

@@ -16,6 +16,7 @@ from .problem import FunctionProblem, Problem, State, problem_of
 from .regularizers import JacobianRegularizer
 from .solvers import Solution, Solver, Status, solve
 from .solvers.base import uncached_autocast
+from .solvers.products import recording
 from .start import ZeroStart
 
 # A penalty that nobody collects keeps its graph alive: more of them than this are a mistake.
@@ -162,6 +163,7 @@ class ImplicitLayer(nn.Module):
         Returns:
             f(z*) in the structure of ``z0``; for a problem, its ``maps`` of the state.
         """
+        _refuse_old_onnx()
         self._reports.forward = self._reports.backward = None
         with forward_pass():
             problem = problem_of(f, z0)
@@ -174,7 +176,8 @@ class ImplicitLayer(nn.Module):
 
     def _equilibrium(self, problem: Problem) -> Tensor:
         """f(z*), (N, D)."""
-        graph = torch.is_grad_enabled()
+        # torch checks a trace by another one without grad; both must be of the same operations.
+        graph = torch.is_grad_enabled() and not torch.jit.is_tracing()
         start, solver, generator = self.start(problem, self.training), self.current_solver, None
         if self.training:
             generator = self._generator()
@@ -242,6 +245,15 @@ class ImplicitLayer(nn.Module):
         return ', '.join(f'{name}={part}' for name, part in parts.items())
 
 
+def _refuse_old_onnx() -> None:
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            'The old ONNX exporter, torch.onnx.export(dynamo=False), has no operators for what a '
+            'solver does. Take the one on torch.export: torch.onnx.export(model, (x,), path, '
+            'dynamo=True), with dynamic_shapes for any batch and size.'
+        )
+
+
 def _check_learns(gradient: Gradient, solver: Solver) -> None:
     if not solver.learns_jacobian:
         raise TypeError(
@@ -279,7 +291,8 @@ def _other_residual(solution: Solution, out: Tensor) -> tuple[float, float] | No
     The effect of rounding differs by dtype and device; the tolerance is generous.
     """
     # Graphs and fake tensors have no values to compare.
-    if type(out) is not Tensor or torch.compiler.is_compiling() or not out.shape[0]:
+    graph = torch.compiler.is_compiling() or recording()
+    if type(out) is not Tensor or graph or not out.shape[0]:
         return None
     device = out.device.type
     low = device != 'cpu' or torch.is_autocast_enabled(device)

@@ -106,7 +106,7 @@ def build_norm(norm_cfg: dict[str, Any], channels: int, halve_groups: bool = Fal
             f'norm_cfg type {kind!r} cannot normalize f: batch statistics tie the equilibria of '
             "a batch together (paper, §3.3). Use dict(type='GN', num_groups=8)."
         )
-    if kind == 'GN':
+    if kind in ('GN', nn.GroupNorm):
         cfg['type'] = 'MDEQGroupNorm'
     if 'num_groups' in cfg:
         if halve_groups:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import allow_repeated_backward
 from ..deq import CellProblem
-from ..layers import check_groups
+from ..layers import ScaleOutput, check_groups
 from ..options import check_choice, check_flag, check_int, check_number, checks_options
 from ..registry import build_implicit
 from .cell import MDEQCell
@@ -77,7 +77,8 @@ class MDEQBackbone(BaseModule):
             most half of a batch is unsolved.
         compile_cell (bool | dict): Compile f by ``torch.compile``; a dict holds its options.
         channels_last (bool | str): Memory format of the maps inside. ``'auto'`` is channels last on
-            a CPU, where it is fastest, above all for gradients of convolutions.
+            a CPU, where it is fastest, above all for gradients of convolutions. True is so
+            everywhere, and the maps returned are channels last as well.
         out_indices (Sequence[int], optional): Scales to return; all by default.
         frozen_stages (int): -1 trains all; 0 freezes the stem, 1 the injection as well, 2 also f.
         norm_eval (bool): Keep batch norm in evaluation mode while training.
@@ -85,6 +86,13 @@ class MDEQBackbone(BaseModule):
             from N(0, 0.01) as in the released code; weight-normalized ones keep PyTorch's
             initialization.
     """
+
+    #: mmseg's models hand their own ``pretrained`` on to the backbone.
+    option_remedies = dict(
+        pretrained=" It is mmsegmentation's model.pretrained, weights of the backbone that stood "
+        "here: set model.pretrained=None, and load MDEQ's own by backbone.init_cfg="
+        "dict(type='Pretrained', checkpoint=..., prefix='backbone.')."
+    )
 
     def __init__(
         self,
@@ -159,6 +167,8 @@ class MDEQBackbone(BaseModule):
             unrolled_layers=unrolled_layers,
             skip_solved=skip_solved,
         )
+        # Behind f, so that the last norm of the backbone is that of its last map.
+        self.outputs = nn.ModuleList(ScaleOutput(self.channels[i]) for i in self.out_indices)
         self._compiled = _compiled_call(name, compile_cell)
         self._freeze()
 
@@ -193,10 +203,12 @@ class MDEQBackbone(BaseModule):
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             features = self.implicit(problem)
-        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+        # As other backbones give them, which heads that view() rely on.
+        layout = torch.channels_last if self.channels_last is True else torch.contiguous_format
         # Copies, not views of one state, so that a head may work in place.
         return tuple(
-            features[i].to(x.dtype, memory_format=layout, copy=True) for i in self.out_indices
+            output(features[i].to(x.dtype, memory_format=layout, copy=True))
+            for i, output in zip(self.out_indices, self.outputs)
         )
 
     def problem(self, x: Tensor) -> CellProblem:
@@ -296,14 +308,20 @@ def _check_norm_cfg(name: str, option: str, value: Any) -> None:
             f"{name}: {option} must be a dict with a 'type', as dict(type='GN', num_groups=8), got "
             f'{value!r}. f and its stem do not converge without normalization.'
         )
+    if option == 'stem_norm_cfg' and value['type'] == 'GN' and 'num_groups' not in value:
+        raise ValueError(f'{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.')
+
+
+_ENTRY = dict(channels='scale', stem_strides='convolution')
 
 
 def _checked_sequence(name: str, option: str, value: Any) -> tuple[int, ...]:
     """``value`` as a tuple of positive integers."""
     if isinstance(value, (str, int)) or not isinstance(value, Sequence) or not value:
+        example = f' For one {_ENTRY[option]} write ({value},).' if type(value) is int else ''
         raise ValueError(
             f'{name}: {option} must be a list of integers >= 1 with at least one entry, got '
-            f'{value!r}.'
+            f'{value!r}.{example}'
         )
     return tuple(check_int(name, option, entry, 1) for entry in value)
 
@@ -321,6 +339,6 @@ def _checked_out_indices(
     ):
         raise ValueError(
             f'{name}: out_indices must be a list of scales among 0..{num_scales - 1} (channels has '
-            f'{num_scales} entries), got {out_indices!r}.'
+            f'{num_scales} entries), as ({num_scales - 1},), got {out_indices!r}.'
         )
     return indices

@@ -282,12 +282,27 @@ def test_autocast_keeps_the_state_in_full_precision():
         (dict(norm_cfg=dict(type='BN')), ['batch statistics', 'GN']),
         (dict(gradient=dict(type='Exact')), ['ImplicitGradient', 'PhantomGradient']),
         (dict(stem_norm_cfg=dict(type='GN', num_groups=3)), ['8 channels', '3 groups']),
+        (dict(stem_norm_cfg=dict(type='GN')), ['stem_norm_cfg', 'num_groups=8']),
+        (dict(norm_cfg=None), ['norm_cfg', 'None', 'do not converge without']),
+        (dict(stem_norm_cfg=None), ['stem_norm_cfg', 'None', 'do not converge without']),
+        (dict(out_indices=3), ['out_indices', 'list', '(1,)', 'got 3']),
+        (dict(channels=64), ['channels', 'list', '(64,)']),
+        (dict(stem_strides=2), ['stem_strides', 'list', '(2,)']),
+        (dict(depth=50), ["'depth'", '_delete_=True']),
+        (dict(num_stages=4), ["'num_stages'", '_delete_=True']),
+        (dict(pretrained='a.pth'), ["'pretrained'", 'model.pretrained=None', 'init_cfg']),
     ],
 )
 def test_wrong_option_fails_at_construction_naming_the_choices(options, words):
     with pytest.raises((TypeError, ValueError)) as error:
         MODELS.build({**TINY, **options})
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_no_hint_where_nothing_is_near():
+    with pytest.raises(TypeError) as error:
+        MODELS.build({**TINY, 'with_cp': True})
+    assert 'Did you mean' not in str(error.value)
 
 
 class TestFuseNeck:

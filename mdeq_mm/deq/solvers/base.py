@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...options import check_int, check_number, immutable
-from .products import at_least_float32, products_for
+from .products import at_least_float32, products_for, recording
 
 Function = Callable[[Tensor], Tensor]
 
@@ -190,10 +190,9 @@ class _Record:
     def __init__(self, z0: Tensor, solver: Solver) -> None:
         n = z0.shape[0]
         self.solver = solver
-        # An exported graph cannot branch on values, and a fixed budget on a GPU has nothing to
-        # decide: there, masks alone freeze samples.
-        exporting = torch.compiler.is_exporting()
-        self.asks = not exporting and (solver.tol > 0 or z0.device.type == 'cpu')
+        # A graph cannot branch on values, and a fixed budget on a GPU has nothing to decide: there,
+        # masks alone freeze samples.
+        self.asks = not recording() and (solver.tol > 0 or z0.device.type == 'cpu')
         self.best = z0
         self.residual = z0.new_full((n,), float('inf'), dtype=at_least_float32(z0.dtype))
         self.num_iter = torch.zeros(n, dtype=torch.long, device=z0.device)

@@ -114,6 +114,11 @@ def combination(weights: Tensor, basis: Tensor) -> Tensor:
     return torch.bmm(weights.to(basis.dtype).unsqueeze(1), basis).squeeze(1).to(weights.dtype)
 
 
+def recording() -> bool:
+    """Whether a graph is recorded that will run on other values: it cannot branch on them."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 _TORCH = Products()
 _FASTER: dict[str, Products] = {}
 
@@ -126,9 +131,9 @@ def register_products(device: str, products: Products) -> None:
 def products_for(z: Tensor, history: torch.dtype | None = None) -> Products:
     """The operations for states like ``z`` and a history of dtype ``history``.
 
-    Torch operators where a graph is recorded: an export, a compiled call, fake tensors.
+    Torch operators where a graph is recorded: an export, a trace, a compiled call, fake tensors.
     """
-    plain = type(z) is Tensor and not torch.compiler.is_compiling()
+    plain = type(z) is Tensor and not torch.compiler.is_compiling() and not recording()
     pairs = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16))
     pairs += ((torch.float64, torch.float64),)
     if plain and (z.dtype, history or z.dtype) in pairs:

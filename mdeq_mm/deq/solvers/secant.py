@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ...options import check_choice, check_int, immutable
 from .base import Solver
-from .products import Products, at_least_float32, combination, products_for, project
+from .products import (
+    Products,
+    at_least_float32,
+    combination,
+    products_for,
+    project,
+    recording,
+)
 
 
 @dataclass
@@ -85,7 +92,7 @@ class SecantState:
 
 def _linear_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """(N, k, k), (N, k) -> (N, k); not finite where the matrix is singular."""
-    if not torch.compiler.is_exporting():
+    if not recording():
         return torch.linalg.solve_ex(matrix, rhs.unsqueeze(2), check_errors=False)[0].squeeze(2)
     # ONNX has no linear solve, so this is Gauss-Jordan with partial pivoting, in operators it has.
     rows, size = torch.cat([matrix, rhs.unsqueeze(2)], dim=2), matrix.shape[1]

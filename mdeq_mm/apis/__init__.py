@@ -1,5 +1,6 @@
 """What the tools share: a config made ready to run, checks of data and files, models by config."""
 
+from ..models.scales import check_scales, type_name
 from .arguments import (
     add_cfg_options,
     add_device_argument,
@@ -18,7 +19,6 @@ from .data import check_data
 from .dataset_folder import write_dataset
 from .model import build_model, evaluations_allowed, find_backbone, load_model
 from .runner import build_runner, leave_process_group
-from .scales import check_scales
 from .sweep import spectral_radii, sweep_evaluations
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     'set_dataloader_defaults',
     'spectral_radii',
     'sweep_evaluations',
+    'type_name',
     'write_dataset',
 ]

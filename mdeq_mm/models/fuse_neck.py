@@ -84,6 +84,7 @@ class MDEQFuseNeck(BaseModule):
         for value in (*in_channels, *head_channels):
             check_int(name, 'in_channels and head_channels', value, 1)
         check_int(name, 'out_channels', out_channels, 1)
+        self.in_channels = tuple(in_channels)
         widths = [_EXPANSION * c for c in head_channels]
         self.num_scales = len(widths)
         self.bottlenecks = nn.ModuleList(

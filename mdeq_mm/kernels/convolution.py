@@ -10,7 +10,8 @@ from torch import Tensor
 from . import backends
 from .norms import native_gradients
 
-# Below this many tiles of 2x2 pixels, to transform the weight costs more than is gained.
+# Below this many tiles of 2x2 pixels, to transform the weight costs more than is gained. Counted
+# over the batch: whose maps are so small may differ by rounding from the same image alone.
 _FEWEST_TILES = 64
 
 
@@ -80,7 +81,11 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: int, which: int)
 
 
 class Promise:
-    """How to compute the gradient of a weight in the backward pass that is under way."""
+    """How to compute the gradient of a weight in the backward pass that is under way.
+
+    ``compute`` must hold no tensor with a graph: that of the weight leads back to the promise, and
+    Python finds no cycle that passes through a graph.
+    """
 
     def __init__(self) -> None:
         self.compute: Callable[[], Tensor] | None = None
@@ -128,6 +133,7 @@ class _Conv(torch.autograd.Function):
         dx = input_gradient(grad, x, weight, padding) if needs[0] else None
         dweight = None
         if needs[1]:
-            ctx.promise.compute = lambda: weight_gradient(grad, x, weight, padding)
+            given = grad.detach(), x.detach(), weight.detach()
+            ctx.promise.compute = lambda: weight_gradient(*given, padding)
             dweight = weight.new_zeros(()).expand_as(weight)
         return None, None, dx, dweight

@@ -76,7 +76,10 @@ class _NormReluConv(torch.autograd.Function):
             return None, None, *native_gradients(native, (x, scale, shift, weight), needs, grad)
         ops = backends.operations('cpp')
 
+        kept = [t if t is None else t.detach() for t in (grad, x, scale, shift, weight)]
+
         def gradient_of_weight() -> Tensor:
+            grad, x, scale, shift, weight = kept
             y = ops.norm_relu(x, scale, shift, groups, eps, True)[0]
             return weight_gradient(grad, y, weight, padding)
 

@@ -103,6 +103,6 @@ def _check_head(
     if None in scales or _listed(wanted) != _listed(kept(scales)):
         raise ValueError(
             f'model.{name} takes in_channels={wanted} at in_index={index}, but the backbone '
-            f'returns {len(out)} scales of {list(out)} channels; give in_channels and in_index that '
-            'name these scales, or change model.backbone.channels or arch'
+            f'returns {len(out)} scales of {list(out)} channels; give in_channels and in_index '
+            'that name these scales, or change model.backbone.channels or arch'
         )

@@ -5,6 +5,7 @@ import functools
 import importlib
 import logging
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -144,6 +145,19 @@ def test_the_gradient_of_one_pass_is_not_that_of_another(cpp):
     for twice in (False, True):
         got = torch.autograd.grad(y, case.weight, second, retain_graph=True, create_graph=twice)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize('kind', [Conv, NormReluConv])
+def test_a_graph_is_freed_whatever_was_asked_of_it(cpp, kind):
+    """Also where the gradient of the weight was not: nothing holds the graph but its result."""
+    case = differentiable(kind.random(2, 4, 5, 5, 2))
+    # As of a state, and of a parametrized weight, which has a graph of its own.
+    inner, weight = case.x * 1.0, case.weight * 1.0
+    y = replace(case, x=inner, weight=weight).computed(cpp)
+    torch.autograd.grad(y.sum(), case.x)
+    kept = weakref.ref(inner)
+    del inner, weight, y
+    assert kept() is None
 
 
 def test_memory_that_nobody_needs_is_used_again(cpp):

@@ -180,3 +180,15 @@ def test_scales_that_disagree_are_named_before_anything_is_built(name, options, 
         with pytest.raises(ValueError) as error:
             check(cfg.model)
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_several_scales_without_an_index_are_all_of_them_and_second_necks_are_not_asked():
+    backbone = dict(type='MDEQBackbone', arch='small')
+    # As mask heads have it.
+    check_scales(dict(backbone=backbone, decode_head=dict(in_channels=[32, 64, 128, 256])))
+    with pytest.raises(ValueError, match='model.decode_head takes in_channels=64'):
+        check_scales(dict(backbone=backbone, decode_head=dict(in_channels=64)))
+    necks = [dict(type='FPN', in_channels=[32, 64, 128, 256]), dict(type='JPU', in_channels=[8])]
+    check_scales(dict(backbone=backbone, neck=necks))
+    with pytest.raises(ValueError, match='model.neck.in_channels'):
+        check_scales(dict(backbone=backbone, neck=necks[::-1]))

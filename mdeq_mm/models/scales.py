@@ -31,11 +31,12 @@ def check_scales(model: dict) -> None:
     except (TypeError, LookupError):
         return  # the backbone says what is wrong with that
     necks = _listed(model.get('neck'))
-    for neck in necks:
+    # Of several in a row, the first takes what the backbone returns.
+    for neck in necks[:1]:
         _check_neck(type_name(neck), neck.get('in_channels'), out)
     for name in _HEADS if not necks else ():
         for head in _listed(model.get(name)):
-            _check_head(name, head.get('in_channels'), head.get('in_index', -1), out)
+            _check_head(name, head.get('in_channels'), head.get('in_index'), out)
 
 
 def type_name(cfg: Any) -> str:
@@ -59,11 +60,13 @@ def check_built_scales(model: nn.Module, name: str, part: nn.Module | None) -> N
     if not isinstance(backbone, MDEQBackbone):
         return
     out = [backbone.channels[i] for i in backbone.out_indices]
+    if isinstance(part, nn.Sequential) and len(part):
+        part = part[0]
     wanted = getattr(part, 'in_channels', None)
     if name == 'neck':
         _check_neck(type(part).__name__, wanted, out)
     elif model._modules.get('neck') is None and isinstance(part, nn.Module):
-        index = getattr(part, 'in_index', -1)
+        index = getattr(part, 'in_index', None)
         if getattr(part, 'input_transform', None) == 'resize_concat':
             # Such a head keeps the sum.
             _check_head(name, wanted, index, out, sum)
@@ -92,12 +95,15 @@ def _check_head(
     Args:
         name: ``decode_head`` or ``auxiliary_head``.
         wanted: Its channels, one number or several.
-        index: Its indices, one or several.
+        index: Its indices, one or several. None is mmseg's default, the last scale; a head that
+            takes several without naming them takes all.
         out: Channels of the scales returned.
         kept: What the head makes of the channels of several scales.
     """
-    if wanted is None or index is None:
+    if wanted is None:
         return
+    if index is None:
+        index = list(range(len(out))) if isinstance(wanted, (list, tuple)) else -1
     index = _listed(index)
     scales = [out[i] if -len(out) <= i < len(out) else None for i in index]
     if None in scales or _listed(wanted) != _listed(kept(scales)):

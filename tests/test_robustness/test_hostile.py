@@ -15,7 +15,7 @@ from mmengine.config import Config
 import tools.test
 import tools.train
 from tools.analysis_tools import accuracy_vs_nfe, inference, plot_convergence, warm_start
-from tools.model_converters import mdeq_to_mm
+from tools.model_converters import mdeq_to_mm, publish
 
 from ..mini_datasets import write_cityscapes
 
@@ -140,6 +140,7 @@ LOADERS = {
     plot_convergence: ['seg.py', 'evil.pth'],
     accuracy_vs_nfe: ['seg.py', 'evil.pth'],
     warm_start: ['seg.py', 'evil.pth', '.', '--frames', '2', '--window', '32', '32'],
+    publish: ['seg.py', 'evil.pth'],
 }
 
 

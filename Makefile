@@ -32,7 +32,7 @@ $(error STACK=$(STACK): want onedl or upstream)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gpu soak docs lint format clean
+.PHONY: help install try demo test test-slow gpu soak docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ $(STAMP): setup.py setup.cfg pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 
 install: $(STAMP)  ## make .venv and install everything into it
+
+# Torch's own operators: the first use of those in C++ builds them for a minute.
+TRY ?= work_dirs/try
+try: $(STAMP)  ## paint what the weights in this repository predict: seconds
+	@echo '==> try'
+	@$(BIN)/python tools/dataset_converters/digits.py $(TRY)/digits
+	@$(BIN)/python tools/analysis_tools/inference.py $(TRY)/digits/test/3/0045.png \
+		configs/mdeq_tiny_digits.py --equilibrium --out $(TRY)/prediction.png \
+		--cfg-options model.backbone.norm_kernel=native
 
 demo: $(STAMP)  ## train and evaluate a small MDEQ on embedded data, print mIoU and a picture
 	@echo '==> demo'

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import mdeq_mm
-from mdeq_mm.model_index import config_root
+from mdeq_mm.model_index import config_root, packaged_weights
 
 from .recipes import RECIPES
 
@@ -48,7 +48,19 @@ def test_task_is_that_of_the_config(model):
     )
     (result,) = model['Results']
     assert result['Task'] == task[scope_of(f'{model["Name"]}.py')]
-    assert model['Weights'] is None
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
+def test_weights_are_those_of_the_package_and_results_are_theirs(model):
+    path = packaged_weights().get(model['Name'])
+    if path is None:
+        assert model['Weights'] is None
+        return
+    assert ROOT / model['Weights'] == path
+    measured = torch.load(path, weights_only=True)['meta']['metrics']
+    names = {'accuracy/top1': 'Top 1 Accuracy', 'mIoU': 'mIoU'}
+    wanted = {names[name]: round(value, 1) for name, value in measured.items() if name in names}
+    assert model['Results'][0]['Metrics'] == wanted
 
 
 def _published(pages):
@@ -145,7 +157,8 @@ def test_a_built_package_serves_models_from_a_foreign_folder(tmp_path):
     code = (
         'import mdeq_mm; mdeq_mm.register_models()\n'
         'from mmpretrain import get_model\n'
-        "print(get_model('mdeq_tiny_cifar10')._config.filename)"
+        "model = get_model('mdeq_tiny_digits', pretrained=True)\n"
+        'print(model._config.filename, model._metainfo.weights)'
     )
     done = subprocess.run(
         [sys.executable, '-c', code],
@@ -154,4 +167,7 @@ def test_a_built_package_serves_models_from_a_foreign_folder(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines()[-1] == str(mim / 'configs/mdeq_tiny_cifar10.py'), done.stderr
+    weights = tmp_path / 'lib/mdeq_mm/weights/mdeq_tiny_digits.pth'
+    assert done.stdout.splitlines()[-1] == f'{mim / "configs/mdeq_tiny_digits.py"} {weights}', (
+        done.stderr
+    )

@@ -84,6 +84,14 @@ def test_a_wheel_holds_what_a_machine_builds(built):
     assert all((built / 'lib' / p).is_file() for p in sources)
 
 
+def test_a_wheel_holds_the_weights(built):
+    weights = [path.relative_to(ROOT) for path in (ROOT / 'mdeq_mm/weights').iterdir()]
+    assert weights and {path.suffix for path in weights} == {'.pth'}
+    assert all(
+        (built / 'lib' / path).read_bytes() == (ROOT / path).read_bytes() for path in weights
+    )
+
+
 def test_building_leaves_nothing_in_the_package(built):
     assert built.exists()
     assert not (ROOT / 'mdeq_mm' / '.mim').exists()

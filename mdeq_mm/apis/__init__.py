@@ -7,7 +7,12 @@ from .arguments import (
     add_run_arguments,
     one_line_errors,
 )
-from .checkpoints import check_checkpoint, find_resumable_checkpoint, pretrained_files
+from .checkpoints import (
+    check_checkpoint,
+    find_resumable_checkpoint,
+    given_or_packaged,
+    pretrained_files,
+)
 from .config import (
     DATALOADERS,
     fit_to_machine,
@@ -35,6 +40,7 @@ __all__ = [
     'find_backbone',
     'find_resumable_checkpoint',
     'fit_to_machine',
+    'given_or_packaged',
     'leave_process_group',
     'load_config',
     'load_model',

@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.runner import find_latest_checkpoint
 
 from ..compat import UnsafeCheckpointError, verify_checkpoint
+from ..model_index import packaged_weights
 
 
 def check_checkpoint(path: str | None) -> None:
@@ -28,6 +29,34 @@ def check_checkpoint(path: str | None) -> None:
     if not os.path.isfile(path):
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     verify_checkpoint(path)
+
+
+def given_or_packaged(checkpoint: str | None, config: str) -> str:
+    """The checkpoint that was given, or the weights that come with the package for a config.
+
+    Prints which weights it takes of the package.
+
+    Args:
+        checkpoint: A file or URL, or None for the package's weights.
+        config: Path of the config; its name says which weights.
+
+    Raises:
+        ValueError: If none is given and the package has none for this config.
+    """
+    if checkpoint is not None:
+        return checkpoint
+    weights = packaged_weights()
+    name = Path(config).stem
+    if name not in weights:
+        raise ValueError(
+            f'no checkpoint was given, and no weights come with the package for {name}, only for '
+            f'{", ".join(weights)}'
+        )
+    path = str(weights[name])
+    measured = verify_checkpoint(path)['meta']['metrics']
+    metrics = ', '.join(f'{metric} {value:.1f}' for metric, value in measured.items())
+    print(f'weights: {path} ({metrics} on the test images)')
+    return path
 
 
 def pretrained_files(node: Any) -> Iterator[str]:

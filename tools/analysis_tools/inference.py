@@ -18,6 +18,7 @@ from mdeq_mm.apis import (
     add_device_argument,
     evaluations_allowed,
     find_backbone,
+    given_or_packaged,
     load_config,
     load_model,
     one_line_errors,
@@ -42,7 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('img', help='image file, video file, or folder of frames')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file (default: the weights that come with the package for this config)',
+    )
     parser.add_argument(
         '--out', help='file to write (default: work_dirs/prediction.png, of a video .mp4)'
     )
@@ -329,7 +334,8 @@ def main(argv: list[str] | None = None) -> None:
         stream = is_stream(args.img)
         source = Frames(args.img) if stream else read_picture(args.img)
         video = VideoFile(args.out, source.rate) if stream else None
-        model = load_model(cfg, args.checkpoint, args.device)
+        checkpoint = given_or_packaged(args.checkpoint, args.config)
+        model = load_model(cfg, checkpoint, args.device)
         if args.warm_start:
             begin_warm(model, cfg)
         if stream:

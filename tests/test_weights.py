@@ -1,0 +1,131 @@
+"""The weights that come with the package: small, plain data, and as good as they say."""
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+import mdeq_mm
+from mdeq_mm.apis import build_runner, load_config
+from mdeq_mm.model_index import packaged_weights
+from tools.analysis_tools import inference
+from tools.dataset_converters import digits
+from tools.model_converters import publish
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = packaged_weights()
+
+pytest.importorskip('mmpretrain')
+
+
+@pytest.fixture
+def torch_alone():
+    """Allow no global in a checkpoint but torch's own."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.fixture(scope='module')
+def digits_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    digits.build(folder)
+    return folder
+
+
+def test_there_are_weights():
+    assert 'mdeq_tiny_digits' in WEIGHTS
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_weights_are_small_and_plain_and_say_where_they_come_from(name, torch_alone):
+    assert WEIGHTS[name].stat().st_size <= publish.LIMIT
+    content = torch.load(WEIGHTS[name], weights_only=True)
+    dtypes = {key: value.dtype for key, value in content['state_dict'].items()}
+    assert {k for k, dtype in dtypes.items() if dtype != torch.float32} == {
+        key for key in dtypes if key.endswith('num_batches_tracked')
+    }
+    meta = content['meta']
+    assert re.fullmatch(r'\d+\.\d+\.\d+\w*', meta['mdeq_mm_version'])
+    trained = Config.fromstring(meta['cfg'], '.py')
+    now = Config.fromfile(ROOT / f'configs/{name}.py')
+    for part in ('model', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
+        assert trained[part] == now[part], f'the config has changed since the training: {part}'
+    assert str(ROOT.parent) not in meta['cfg']
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_the_log_ends_where_the_config_does_and_at_what_was_measured(name):
+    meta = torch.load(WEIGHTS[name], weights_only=True)['meta']
+    length = Config.fromfile(ROOT / f'configs/{name}.py').train_cfg
+    steps = [entry['step'] for entry in meta['log']]
+    assert steps == sorted(steps) and steps[-1] == length.get('max_epochs', length.get('max_iters'))
+    last = {key: value for key, value in meta['log'][-1].items() if key != 'step'}
+    # Validation and test images are the same; one image of hundreds may be on the edge.
+    assert meta['metrics'] == pytest.approx(last, abs=0.5)
+
+
+def test_the_classifier_is_as_good_as_it_says(digits_folder, tmp_path):
+    cfg = load_config(
+        str(ROOT / 'configs/mdeq_tiny_digits.py'),
+        str(tmp_path),
+        options=dict(
+            data_root=str(digits_folder),
+            log_level='ERROR',
+            load_from=str(WEIGHTS['mdeq_tiny_digits']),
+            test_dataloader=dict(num_workers=0, persistent_workers=False),
+        ),
+    )
+    # Every fifth, of all classes: the files are in the order of the classes.
+    cfg.test_dataloader.dataset.indices = list(range(0, 360, 5))
+    stated = torch.load(cfg.load_from, weights_only=True)['meta']['metrics']['accuracy/top1']
+    # 72 of the 360 images: one is 1.4 points.
+    assert build_runner(cfg).test()['accuracy/top1'] >= stated - 3
+
+
+def test_the_hub_loads_them_by_name():
+    mdeq_mm.register_models()
+    from mmpretrain import get_model
+
+    model = get_model('mdeq_tiny_digits', pretrained=True)
+    wanted = torch.load(WEIGHTS['mdeq_tiny_digits'], weights_only=True)['state_dict']
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+def test_make_try_paints_a_right_prediction(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = subprocess.run(
+        ['make', '-n', 'try', f'TRY={tmp_path}'], check=True, text=True, capture_output=True
+    ).stdout
+    lines = shown.replace('\\\n', ' ').splitlines()
+    commands = [shlex.split(line) for line in lines if re.match(r'\S*/python tools/', line)]
+    assert len(commands) == 2, shown
+    for _, script, *arguments in commands:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'argv', [script, *arguments])
+            runpy.run_path(script, run_name='__main__')
+    *_, weights, best, _, _, _, _, path = capsys.readouterr().out.splitlines()
+    assert str(WEIGHTS['mdeq_tiny_digits']) in weights
+    assert best.split()[1] == '3' and float(best.split()[0]) > 0.9
+    assert path == f'{tmp_path}/prediction.png' and cv2.imread(path).std() > 10
+
+
+def test_a_config_without_weights_wants_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite('picture.png', np.zeros((16, 16, 3), np.uint8))
+    config = str(ROOT / 'configs/mdeq_tiny_cifar10.py')
+    with pytest.raises(SystemExit, match='no checkpoint .*mdeq_tiny_cifar10, only.*tiny_digits'):
+        inference.main(['picture.png', config])

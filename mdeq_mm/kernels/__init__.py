@@ -7,7 +7,6 @@ keep only what cannot be recomputed:
 
 - :func:`norm_relu`: norm, ReLU;
 - :func:`norm_relu_conv`: norm, ReLU, convolution;
-- :func:`conv2d`: a convolution, where it is of 3x3 by Winograd's method;
 - :func:`residual_norms`: dropout mask, injection, norm, + z, rectifier, norm;
 - :func:`sum_rectify`: sum of maps, each normalized and resized to the sum, rectifier.
 
@@ -16,7 +15,6 @@ needed.
 """
 
 from .backends import KERNELS, resolve
-from .convolution import conv2d
 from .norm_relu import norm_relu
 from .norm_relu_conv import norm_relu_conv
 from .norms import Norm
@@ -27,7 +25,6 @@ __all__ = [
     'KERNELS',
     'Norm',
     'Term',
-    'conv2d',
     'norm_relu',
     'norm_relu_conv',
     'residual_norms',

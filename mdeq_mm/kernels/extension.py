@@ -25,7 +25,7 @@ _SOURCES = Path(__file__).parent / 'csrc'
 # No -ffast-math: a solver checks for NaN. OpenMP is the one that torch has loaded: a second one
 # would start its own threads.
 _FLAGS = (
-    '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
+    '-O2 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden '
     '-Wno-psabi -Wno-ignored-attributes'
 ).split()
 _lock = threading.Lock()
@@ -188,11 +188,8 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def _register_shapes() -> None:
-    """Tell torch.compile what the operations return without running them, and counters the cost."""
-    from torch.utils.flop_counter import register_flop_formula
-
+    """Tell torch.compile what the operations return, without running them."""
     from . import shapes
 
     for name, function in shapes.ALL.items():
         torch.library.register_fake(f'mdeq_mm::{name}', function)
-    register_flop_formula(torch.ops.mdeq_mm.conv3x3)(shapes.conv3x3_flop)

@@ -1,6 +1,5 @@
 """The results of the C++ operations for tensors without values."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -75,17 +74,6 @@ def _sum_rectify_backward(
     return [_map(y), *moved, *affines]
 
 
-def _conv3x3(x, weight, transposed):
-    channels = weight.shape[1 if transposed else 0]
-    return _map(x.new_empty((x.shape[0], channels, *x.shape[2:])))
-
-
-def conv3x3_flop(x_shape, weight_shape, *args, **kwargs) -> int:
-    """Floating-point operations of the convolution by its definition, as of torch's own."""
-    n, _, h, w = x_shape
-    return 2 * n * h * w * math.prod(weight_shape)
-
-
 #: Name of an operation -> what it returns.
 ALL = dict(
     norm_relu=_norm_relu,
@@ -95,5 +83,4 @@ ALL = dict(
     residual_norms_backward=_residual_norms_backward,
     sum_rectify=_sum_rectify,
     sum_rectify_backward=_sum_rectify_backward,
-    conv3x3=_conv3x3,
 )

@@ -57,9 +57,9 @@ class MDEQBackbone(BaseModule):
         norm_cfg (dict): Normalization in f.
         stem_norm_cfg (dict): Normalization in stem and injection.
         norm_kernel (str): The implementation of norms, rectifiers and sums of f: ``'native'``,
-            torch's operators; ``'cpp'``, C++ for CPUs, built at first use, of convolutions as
-            well; ``'compiled'``, torch.compile. ``'auto'`` is ``'cpp'`` on a CPU with a compiler
-            and ``'native'`` elsewhere.
+            torch's operators; ``'cpp'``, C++ for CPUs, built at first use; ``'compiled'``,
+            torch.compile. ``'auto'`` is ``'cpp'`` on a CPU with a compiler and ``'native'``
+            elsewhere.
         cell (dict, optional): Another f instead of :class:`MDEQCell`: a module with
             ``forward(states, injection)`` and ``state_shapes(injection)``, registered in MM's
             ``MODELS``. Its first scale takes the injection, (N, channels[0], H, W).

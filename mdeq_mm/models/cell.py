@@ -104,8 +104,8 @@ def _norm(norm: nn.Module, x: Tensor, relu: bool = True) -> Tensor:
 
 def _norm_conv(norm: nn.Module, conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution of the rectified norm of what a convolution gave, and nothing else needs."""
-    own = type(conv).forward is MDEQConv2d.forward and conv.is_plain and not has_hooks(conv)
-    if own and fusible(norm):
+    plain = type(conv).forward is MDEQConv2d.forward and not has_hooks(conv)
+    if plain and fusible(norm):
         return norm_relu_conv(x, norm.norm, conv.weight, conv.padding[0], norm.kernel)
     return conv(_norm(norm, x))
 
@@ -222,8 +222,8 @@ class MDEQCell(nn.Module):
         weight_norm (bool): Weight-normalize the convolutions of the blocks and the last one of
             every fusion.
         upsample (str): ``'nearest'`` or ``'bilinear'``.
-        norm_kernel (str): The implementation of norms, rectifiers, sums and, on CPUs, convolutions:
-            ``'native'``, ``'cpp'``, ``'compiled'`` or ``'auto'``; see :mod:`mdeq_mm.kernels`.
+        norm_kernel (str): The implementation of norms, rectifiers and sums: ``'native'``,
+            ``'cpp'``, ``'compiled'`` or ``'auto'``; see :mod:`mdeq_mm.kernels`.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class MDEQCell(nn.Module):
             for i in range(len(channels))
         )
         for module in self.modules():
-            if isinstance(module, (MDEQConv2d, MDEQGroupNorm)):
+            if isinstance(module, MDEQGroupNorm):
                 module.kernel = norm_kernel
         #: Softplus in place of the last ReLU of blocks and fusions (paper, §3.3).
         self.smooth = False

@@ -6,15 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdeq_mm.kernels import (
-    Norm,
-    Term,
-    conv2d,
-    norm_relu,
-    norm_relu_conv,
-    residual_norms,
-    sum_rectify,
-)
+from mdeq_mm.kernels import Norm, Term, norm_relu, norm_relu_conv, residual_norms, sum_rectify
 
 LAST = torch.channels_last
 
@@ -84,28 +76,6 @@ class NormReluConv:
 
     def defined(self):
         return F.conv2d(F.relu(defined_norm(self.x, self.norm)), self.weight, padding=1)
-
-
-@dataclass
-class Conv:
-    """conv(x), by the sum that defines it."""
-
-    x: Tensor
-    weight: Tensor
-
-    @classmethod
-    def random(cls, n, c, h, w, groups, affine=True, dtype=torch.float64):
-        weight = torch.randn(c, c, 3, 3, dtype=torch.float64).to(dtype)
-        return cls(maps(n, c, h, w, dtype), weight)
-
-    def computed(self, kernel):
-        return conv2d(self.x, self.weight, 1, kernel)
-
-    def defined(self):
-        h, w = self.x.shape[2:]
-        padded = F.pad(self.x, (1, 1, 1, 1))
-        shifted = [padded[..., i : i + h, j : j + w] for i in range(3) for j in range(3)]
-        return torch.einsum('pnchw,kcp->nkhw', torch.stack(shifted), self.weight.flatten(2))
 
 
 @dataclass
@@ -192,7 +162,7 @@ class Sum:
         return rectified(total, self.smooth)
 
 
-Case = Conv | NormRelu | NormReluConv | Residual | Sum
+Case = NormRelu | NormReluConv | Residual | Sum
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

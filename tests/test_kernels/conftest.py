@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdeq_mm.kernels import compiled, convolution, extension, formulas, resolve
+from mdeq_mm.kernels import compiled, extension, formulas, resolve
 
 
 def need_cpp():
@@ -28,12 +28,6 @@ def cpp():
     """``'cpp'``, for what is particular to it."""
     need_cpp()
     return 'cpp'
-
-
-@pytest.fixture(autouse=True)
-def small_maps(monkeypatch):
-    """The maps here are smaller than those that convolutions in C++ are for."""
-    monkeypatch.setattr(convolution, '_FEWEST_TILES', 1)
 
 
 @pytest.fixture(autouse=True)

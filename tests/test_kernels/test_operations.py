@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from mdeq_mm.kernels import Norm, Term, conv2d, norm_relu, residual_norms, sum_rectify
+from mdeq_mm.kernels import Norm, Term, norm_relu, residual_norms, sum_rectify
 
-from .cases import Conv, NormRelu, NormReluConv, Residual, Sum, mapped, maps, results, tensors
+from .cases import NormRelu, NormReluConv, Residual, Sum, mapped, maps, results, tensors
 
 # n, c, h, w, groups: odd sizes, one pixel, one channel, groups of one channel, one group, channels
 # that fill registers and that do not, maps of more than one block.
@@ -23,7 +23,6 @@ SHAPES = [
     (4, 3, 9, 1, 1),
 ]
 KINDS = [
-    (Conv, {}),
     (NormRelu, {}),
     (NormRelu, dict(relu=False)),
     (NormReluConv, {}),
@@ -101,7 +100,7 @@ LAYOUTS = dict(
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', [Conv, NormRelu, NormReluConv, Residual, Sum])
+@pytest.mark.parametrize('kind', [NormRelu, NormReluConv, Residual, Sum])
 def test_any_layout_in_memory(kernel, kind, layout):
     case = kind.random(2, 6, 4, 5, 3)
     other = mapped(case, lambda t: LAYOUTS[layout](t) if t.dim() == 4 else t)
@@ -124,29 +123,6 @@ def test_nearest_pixels_are_those_of_torch(kernel):
             weights = torch.rand_like(y)
             grads = [torch.autograd.grad(out, term, weights)[0] for out in (y, expected)]
             torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize('outputs', [1, 8, 24, 33])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_a_convolution_of_any_width(kernel, outputs, dtype):
-    """Registers of output channels that are full and that are not, one and two at a time."""
-    x, weight = maps(2, 11, 6, 7, dtype), torch.randn(outputs, 11, 3, 3, dtype=dtype)
-    x, weight = x.requires_grad_(), weight.requires_grad_()
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    got, expected = conv2d(x, weight, 1, kernel), F.conv2d(x, weight, padding=1)
-    v = torch.randn_like(expected)
-    pairs = [(got, expected)]
-    pairs += zip(*(torch.autograd.grad(y, (x, weight), v) for y in (got, expected)))
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
-
-
-def test_other_convolutions_are_those_of_torch(cpp):
-    x = maps(2, 4, 9, 9, torch.float32)
-    for size, padding in ((3, 0), (3, 2), (1, 0), (5, 2)):
-        weight = torch.randn(6, 4, size, size)
-        expected = F.conv2d(x, weight, padding=padding)
-        assert torch.equal(conv2d(x, weight, padding, cpp), expected), (size, padding)
 
 
 def test_a_sum_without_terms_is_its_rectifier(kernel):

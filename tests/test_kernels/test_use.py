@@ -29,7 +29,6 @@ from mdeq_mm.kernels import (
 from mdeq_mm.layers import MDEQGroupNorm
 
 from .cases import (
-    Conv,
     NormRelu,
     NormReluConv,
     Residual,
@@ -73,7 +72,7 @@ def test_parameters_that_are_frozen_cost_and_get_nothing(cpp, kind, monkeypatch)
     assert asked[0][-1] is True and asked[1][-1] is False
 
 
-@pytest.mark.parametrize('kind', [*EVERY, Conv, NormReluConv])
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_a_graph_may_be_walked_as_often_as_the_adjoint_solver_likes(kernel, kind):
     case = differentiable(kind.random(2, 4, 3, 3, 2))
     first = tensors(case)[0]
@@ -116,23 +115,22 @@ def test_a_backward_pass_computes_the_gradients_it_is_asked_for(cpp, monkeypatch
     case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
     y, computed = case.computed(cpp), []
     module = importlib.import_module('mdeq_mm.kernels.norm_relu_conv')
-    both = ['input_gradient', 'weight_gradient']
-
-    def counting(name):
-        gradient = getattr(module, name)
-        return lambda *args: computed.append(name) or gradient(*args)
-
-    for name in both:
-        monkeypatch.setattr(module, name, counting(name))
+    gradient = module._conv_gradient
+    counted = lambda *args: computed.append(args[-1]) or gradient(*args)  # noqa: E731
+    monkeypatch.setattr(module, '_conv_gradient', counted)
     v = torch.randn_like(y)
-    for wanted, which in (([case.x], both[:1]), ([case.x, case.weight], both)):
+    for wanted, which in (
+        ([case.x], [0]),
+        ([case.weight], [0, 1]),
+        ([case.x, case.weight], [0, 1]),
+    ):
         computed.clear()
         torch.autograd.grad(y, wanted, v, retain_graph=True)
         assert computed == which
     y = replace(case, x=case.x.detach(), norm=Norm(2)).computed(cpp)
     computed.clear()
     torch.autograd.grad(y, case.weight, v)
-    assert computed == both[1:]
+    assert computed == [1]
 
 
 def test_the_gradient_of_one_pass_is_not_that_of_another(cpp):
@@ -147,10 +145,9 @@ def test_the_gradient_of_one_pass_is_not_that_of_another(cpp):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize('kind', [Conv, NormReluConv])
-def test_a_graph_is_freed_whatever_was_asked_of_it(cpp, kind):
+def test_a_graph_is_freed_whatever_was_asked_of_it(cpp):
     """Also where the gradient of the weight was not: nothing holds the graph but its result."""
-    case = differentiable(kind.random(2, 4, 5, 5, 2))
+    case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
     # As of a state, and of a parametrized weight, which has a graph of its own.
     inner, weight = case.x * 1.0, case.weight * 1.0
     y = replace(case, x=inner, weight=weight).computed(cpp)
@@ -171,19 +168,18 @@ def test_memory_that_nobody_needs_is_used_again(cpp):
         assert torch.equal(given, x) == wanted
 
 
-@pytest.mark.parametrize('kind', [*EVERY, Conv])
+@pytest.mark.parametrize('kind', EVERY)
 def test_to_the_bit_independent_of_batch_and_threads(cpp, kind):
     case = kind.random(5, 24, 40, 41, 8, dtype=torch.float32)
     weights = torch.randn(5, 24, 40, 41)
 
     def of(rows):
-        return mapped(case, lambda t: t[rows] if len(t) == 5 else t)
+        return mapped(case, lambda t: t[rows] if t.dim() == 4 else t)
 
     def computed(rows):
         # Gradients of parameters are sums over the batch.
-        n = len(weights[rows])
         return [
-            r for r in results(of(rows), lambda c: c.computed(cpp), weights[rows]) if len(r) == n
+            r for r in results(of(rows), lambda c: c.computed(cpp), weights[rows]) if r.dim() == 4
         ]
 
     whole = computed(slice(None))
@@ -194,7 +190,7 @@ def test_to_the_bit_independent_of_batch_and_threads(cpp, kind):
                 assert torch.equal(a, b[rows])
 
 
-@pytest.mark.parametrize('kind', [*EVERY, Conv, NormReluConv])
+@pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
 def test_many_threads_at_once(cpp, kind):
     cases = [kind.random(2, 8, 9, 9, 4) for _ in range(8)]
     weights = torch.randn(2, 8, 9, 9, dtype=torch.float64)

@@ -18,6 +18,7 @@ from mdeq_mm.apis import (
     one_line_errors,
     pretrained_files,
     set_dataloader_defaults,
+    type_name,
 )
 
 from mmengine.config import Config
@@ -60,7 +61,8 @@ def enable_amp(cfg: Config) -> None:
     Raises:
         ValueError: If the machine or the config's wrapper does not allow it.
     """
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    # A pure-Python config names the class itself.
+    kind = type_name(cfg.optim_wrapper) if 'type' in cfg.optim_wrapper else 'OptimWrapper'
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ValueError(
             f'--amp replaces an OptimWrapper, but the config has {kind}; set mixed precision '
@@ -70,6 +72,22 @@ def enable_amp(cfg: Config) -> None:
         raise ValueError('--amp needs a GPU and there is none; leave the flag out')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def check_activation_checkpointing(cfg: Config) -> None:
+    """Refuse to checkpoint the activations of a backbone.
+
+    Raises:
+        ValueError: If the config does. mmengine gives the backbone images, which want no gradient,
+            so that none reaches its parameters.
+    """
+    names = cfg.get('activation_checkpointing') or []
+    names = [names] if isinstance(names, str) else names
+    if any(name.split('.')[0] == 'backbone' for name in names):
+        raise ValueError(
+            f'activation_checkpointing={list(names)} leaves the backbone without gradients; take '
+            'it out. An MDEQ keeps the graph of one evaluation of f and does not need it'
+        )
 
 
 def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
@@ -100,6 +118,7 @@ def prepare(args: argparse.Namespace) -> Config:
     """
     cfg = load_config(args.config, args.work_dir, args.launcher)
     apply_flags(cfg, args)
+    check_activation_checkpointing(cfg)
     fit_to_machine(cfg)
     if cfg.get('resume') and cfg.get('load_from') is None:
         cfg.load_from = find_resumable_checkpoint(cfg.work_dir)

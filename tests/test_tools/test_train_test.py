@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import ApexOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
 from mdeq_mm.apis import DATALOADERS, build_runner, check_data
@@ -411,6 +413,23 @@ def test_amp_exchanges_the_optimizer_wrapper(tiny, seg_options, monkeypatch):
     (tiny / 'seg.py').write_text(SEGMENTOR.replace("'OptimWrapper'", "'OtherWrapper'"))
     with pytest.raises(ValueError, match='OtherWrapper'):
         train.prepare(train.parse_args(['seg.py', '--amp', *seg_options]))
+
+
+def test_amp_takes_a_wrapper_that_is_a_class(monkeypatch):
+    """As pure-Python configs name it."""
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
+    train.enable_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    with pytest.raises(ValueError, match='the config has ApexOptimWrapper'):
+        train.enable_amp(Config(dict(optim_wrapper=dict(type=ApexOptimWrapper))))
+
+
+@pytest.mark.parametrize('names, refused', [(['backbone'], True), (['decode_head'], False)])
+def test_activation_checkpointing_of_a_backbone_is_refused(names, refused):
+    cfg = Config(dict(activation_checkpointing=names))
+    with pytest.raises(ValueError, match='without gradients') if refused else nullcontext():
+        train.check_activation_checkpointing(cfg)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='cannot know the instructions')

@@ -26,6 +26,7 @@ def build(cfg):
 def documented_command(checkpoint):
     """Arguments of docs/weights_and_transfer.md's command, with the checkpoint of the test."""
     page = (ROOT / 'docs/weights_and_transfer.md').read_text()
+    page = page[page.index('## From ImageNet to Cityscapes') :]
     block = re.search(r'```bash\n(.*?)```', page, flags=re.DOTALL)[1].replace('\\\n', ' ')
     (line,) = [line for line in block.splitlines() if 'cityscapes' in line]
     line, replaced = re.subn(r'(?<=init_cfg\.checkpoint=)\S+', str(checkpoint), line)

@@ -136,20 +136,22 @@ class VideoFile:
         self.paths.append(path)
 
 
-def frame_batch(cfg: Config, frame: np.ndarray) -> dict[str, Any]:
-    """Make the batch of one frame that the config's test pipeline would make of its file.
+def image_batch(cfg: Config, picture: np.ndarray, path: str | None = None) -> dict[str, Any]:
+    """Make the batch of one image that the config's test pipeline would make of its file.
 
     Args:
         cfg: The config.
-        frame: (H, W, 3), BGR uint8.
+        picture: (H, W, 3), RGB uint8.
+        path: Its file, which a pipeline that loads files reads again; None for a frame of a video.
     """
     steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
-    if any(step.type == 'LoadImageFromFile' for step in steps):
+    if path is None and any(step.type == 'LoadImageFromFile' for step in steps):
         steps = [step for step in steps if step.type != 'LoadImageFromFile']
-    else:
-        # Data sets that hold arrays, as CIFAR-10 does, load no file, and the arrays are RGB.
-        frame = frame[..., ::-1]
-    size = frame.shape[:2]
-    sample = dict(img_path='', img=np.ascontiguousarray(frame), img_shape=size, ori_shape=size)
+        # That step gives BGR. Data sets that hold arrays, as CIFAR-10 does, load no file, and the
+        # arrays are RGB.
+        picture = picture[..., ::-1]
+    size = picture.shape[:2]
+    img = np.ascontiguousarray(picture)
+    sample = dict(img_path=path or '', img=img, img_shape=size, ori_shape=size)
     collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
     return collate([Compose(steps)(sample)])

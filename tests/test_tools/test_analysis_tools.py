@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
-from mdeq_mm.apis.video import Frames, frame_batch
+from mdeq_mm.apis.video import Frames, image_batch
 from mdeq_mm.deq import Anderson, Problem
 from tools.analysis_tools import (
     accuracy_vs_nfe,
@@ -179,7 +179,7 @@ class TestInference:
     def test_calls_are_those_that_were_asked_for(self, tiny):
         cfg = Config.fromfile('cls.py')
         model = load_model(cfg, save_checkpoint('cls.py'), 'cpu')
-        data = inference.prepare(cfg, 'picture.png', inference.read_picture('picture.png'))
+        data = image_batch(cfg, inference.read_picture('picture.png'), 'picture.png')
         calls = []
         model.backbone.cell.register_forward_hook(lambda *_: calls.append(1))
         found = inference.predict_by_calls(model, data, 0)
@@ -203,7 +203,7 @@ class TestInference:
         model = load_model(cfg, save_checkpoint('seg.py'), 'cpu')
         assert model.dataset_meta['classes'][0] == 'road'
         picture = inference.read_picture('picture.png')
-        sample = inference.predict(model, inference.prepare(cfg, 'picture.png', picture))
+        sample = inference.predict(model, image_batch(cfg, picture, 'picture.png'))
         model.dataset_meta = {}
         first, again = (inference.overlay(model, picture, sample, 0.5, True) for _ in range(2))
         assert np.array_equal(first, again) and not np.array_equal(first, picture)
@@ -212,7 +212,7 @@ class TestInference:
         cfg = Config.fromfile(REPO / 'configs/mdeq_tiny_cifar10.py')
         init_default_scope(cfg.default_scope)
         picture = inference.read_picture('picture.png')
-        inputs = inference.prepare(cfg, 'picture.png', picture)['inputs'][0]
+        inputs = image_batch(cfg, picture, 'picture.png')['inputs'][0]
         assert np.array_equal(inputs.permute(1, 2, 0).numpy(), picture)
 
     def test_weights_of_another_config_are_refused(self, tiny):
@@ -259,8 +259,8 @@ class TestStreams:
         cfg = load_config('seg.py')
         init_default_scope(cfg.default_scope)
         picture = inference.read_picture('picture.png')
-        want = inference.prepare(cfg, 'picture.png', picture)['inputs'][0]
-        got = frame_batch(cfg, cv2.imread('picture.png'))['inputs'][0]
+        want = image_batch(cfg, picture, 'picture.png')['inputs'][0]
+        got = image_batch(cfg, cv2.imread('picture.png')[..., ::-1])['inputs'][0]
         assert torch.equal(got, want)
 
     def test_a_warm_start_spends_fewer_calls_on_a_still_picture(self, tiny, capsys):

@@ -23,7 +23,7 @@ from mdeq_mm.apis import (
     load_model,
     one_line_errors,
 )
-from mdeq_mm.apis.video import LABEL_STEPS, Frames, VideoFile, frame_batch, is_stream
+from mdeq_mm.apis.video import Frames, VideoFile, image_batch, is_stream
 from mdeq_mm.deq import PreviousStart
 
 import cv2
@@ -33,7 +33,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
-from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -96,16 +95,6 @@ def read_picture(path: str) -> np.ndarray:
     if picture is None:
         raise ValueError(f'{path} is not a readable image')
     return picture
-
-
-def prepare(cfg: Config, path: str, picture: np.ndarray) -> dict[str, Any]:
-    """Make the batch of one image that the config's test pipeline would make."""
-    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
-    size = picture.shape[:2]
-    # Data sets that hold arrays, as CIFAR-10 does, load no file, and the arrays are RGB.
-    sample = dict(img_path=path, img=picture, img_shape=size, ori_shape=size)
-    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
-    return collate([Compose(steps)(sample)])
 
 
 @torch.no_grad()
@@ -309,7 +298,7 @@ def predict_stream(
     with video:
         try:
             for number, frame in enumerate(frames, start=1):
-                sample = predict(model, frame_batch(cfg, frame))
+                sample = predict(model, image_batch(cfg, frame[..., ::-1]))
                 stats = implicit.forward_stats
                 calls = None if stats is None else int(stats.num_iter.max())
                 taken += [] if calls is None else [calls]
@@ -345,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             find_backbone(model)
             if args.equilibrium < 0:
                 raise ValueError('--equilibrium N must be at least 1')
-    paint(model, source, prepare(cfg, args.img, source), args)
+    paint(model, source, image_batch(cfg, source, args.img), args)
     print(args.out)
 
 

@@ -22,7 +22,7 @@ from mdeq_mm.apis import (
     load_model,
     one_line_errors,
 )
-from mdeq_mm.apis.video import Frames, frame_batch
+from mdeq_mm.apis.video import Frames, image_batch
 from mdeq_mm.deq import PreviousStart, ZeroStart
 
 import numpy as np
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         model = load_model(cfg, args.checkpoint, args.device)
         implicit = find_backbone(model).implicit
     batches = {
-        pixels: [[frame_batch(cfg, frame) for frame in frames] for frames in moving]
+        pixels: [[image_batch(cfg, frame[..., ::-1]) for frame in frames] for frames in moving]
         for pixels, moving in pans.items()
     }
 

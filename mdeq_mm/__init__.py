@@ -28,7 +28,7 @@ if has_openmmlab():
     check_stack()
 try:
     if has_openmmlab():
-        from . import hooks, layers, models, registry  # noqa: F401
+        from . import hooks, layers, models, optim, registry  # noqa: F401
 
         allow_mm_globals()
         patch_config_lookup()

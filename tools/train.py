@@ -20,6 +20,7 @@ from mdeq_mm.apis import (
     set_dataloader_defaults,
     type_name,
 )
+from mdeq_mm.optim import has_bfloat16
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
@@ -56,20 +57,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def enable_amp(cfg: Config) -> None:
-    """Replace the optimizer wrapper by the one for mixed precision.
+    """Replace the optimizer wrapper by the one for mixed precision: on a CPU, bfloat16.
 
     Raises:
         ValueError: If the machine or the config's wrapper does not allow it.
     """
     # A pure-Python config names the class itself.
     kind = type_name(cfg.optim_wrapper) if 'type' in cfg.optim_wrapper else 'OptimWrapper'
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper'):
         raise ValueError(
             f'--amp replaces an OptimWrapper, but the config has {kind}; set mixed precision '
             'in its optim_wrapper instead'
         )
     if not is_cuda_available():
-        raise ValueError('--amp needs a GPU and there is none; leave the flag out')
+        if not has_bfloat16():
+            raise ValueError(
+                '--amp needs a GPU, or a CPU with instructions for bfloat16, and there is neither; '
+                'leave the flag out'
+            )
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        # Nothing is scaled: bfloat16 has the range of float32.
+        cfg.optim_wrapper.pop('loss_scale', None)
+        return
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 

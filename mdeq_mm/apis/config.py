@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.device import get_device
 from mmengine.logging import print_log
 
 from ..compat import force_safe_loading
+from ..optim import has_bfloat16
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # Top-level names of a config from which its data loaders and preprocessor were made, and the keys
@@ -160,14 +160,9 @@ def fit_to_machine(cfg: Config) -> None:
 
 
 def _warn_of_slow_bfloat16(cfg: Config) -> None:
-    """Say that mixed precision is slow on a CPU that has no instructions for it.
-
-    There it is bfloat16, and of evaluation alone: training in mixed precision needs a GPU.
-    """
+    """Say that mixed precision, bfloat16 on a CPU, is slow where no instructions are for it."""
     loops = [name for name in ('val_cfg', 'test_cfg') if (cfg.get(name) or {}).get('fp16')]
-    if not loops or get_device() != 'cpu' or not torch.backends.mkldnn.is_available():
-        return
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not loops or has_bfloat16():
         return
     print_log(
         f'This CPU has no instructions for bfloat16, which {loops[0]}.fp16 (--amp of test.py) asks '

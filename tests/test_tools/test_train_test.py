@@ -399,10 +399,24 @@ def test_outputs_of_another_scope_are_refused(tiny):
         test.main(['det.py', 'none.pth', '--out', 'x.pkl'])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
-def test_amp_says_that_it_needs_a_gpu(tiny):
-    with pytest.raises(SystemExit, match='--amp needs a GPU'):
+def test_amp_says_what_machine_it_needs(tiny, monkeypatch):
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: False)
+    monkeypatch.setattr(train, 'has_bfloat16', lambda: False)
+    with pytest.raises(SystemExit, match='--amp needs a GPU, or a CPU with instructions for bf'):
         train.main(['seg.py', '--amp'])
+
+
+def test_amp_on_a_cpu_is_bfloat16(tiny, seg_options, monkeypatch):
+    """Whose losses are not scaled, whatever the config says."""
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: False)
+    monkeypatch.setattr(train, 'has_bfloat16', lambda: True)
+    (tiny / 'seg.py').write_text(
+        SEGMENTOR.replace("type='OptimWrapper'", "type='OptimWrapper', loss_scale=512.0")
+    )
+    options = [*seg_options, 'optim_wrapper.dtype=bfloat16']
+    cfg = train.prepare(train.parse_args(['seg.py', '--amp', *options]))
+    assert cfg.optim_wrapper.type == 'BFloat16OptimWrapper'
+    assert 'loss_scale' not in cfg.optim_wrapper
 
 
 def test_amp_exchanges_the_optimizer_wrapper(tiny, seg_options, monkeypatch):
@@ -440,7 +454,7 @@ def test_bfloat16_on_a_cpu_without_instructions_for_it_is_named_once(
     tiny, seg_options, monkeypatch, flags, supported, count
 ):
     said = []
-    monkeypatch.setattr('mdeq_mm.apis.config.get_device', lambda: 'cpu')
+    monkeypatch.setattr('mdeq_mm.optim.get_device', lambda: 'cpu')
     monkeypatch.setattr('mdeq_mm.apis.config.print_log', lambda text, **_: said.append(text))
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
     torch.save(dict(state_dict={}), 'net.pth')

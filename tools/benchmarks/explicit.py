@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mdeq_mm.optim import has_bfloat16
+
 import torch
 from memory import peak_memory
-from nets import LARGE, SMALL, backbone, has_bfloat16, hrnet_w18, resnet101, train_step
+from nets import LARGE, SMALL, backbone, hrnet_w18, resnet101, train_step
 from timing import Result, Step, interleaved
 from torch import nn
 

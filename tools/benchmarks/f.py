@@ -4,9 +4,10 @@ import argparse
 from typing import Any
 
 from mdeq_mm.kernels import extension, resolve
+from mdeq_mm.optim import has_bfloat16
 
 import torch
-from nets import TINY, autocast, backbone, has_bfloat16
+from nets import TINY, autocast, backbone
 from timing import Result, Step, interleaved
 
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16)

@@ -107,11 +107,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether a device has instructions for bfloat16. A CPU without them takes minutes."""
-    return device != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def train_step(net: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Step:
     """Forward and backward pass of a network against random directions.
 

@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from mdeq_mm.optim import has_bfloat16
+
 import explicit
 import torch
-from nets import TINY, Torchdeq, backbone, calls_alone, has_bfloat16, resnet101, train_step
+from nets import TINY, Torchdeq, backbone, calls_alone, resnet101, train_step
 from timing import Result, Step, interleaved, matmul_rate
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -28,7 +28,7 @@ def settings_of(study: Study, row: Row, seed: int, epochs: int) -> dict[str, Any
     """The settings that identify a run, as JSON values."""
     content = dict(
         config=row.config,
-        options=row.options,
+        options={**study.options, **row.options},
         warmup_share=row.warmup_share,
         holdout=study.holdout,
         seed=seed,

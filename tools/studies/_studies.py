@@ -39,6 +39,7 @@ class Study:
         title: One line on it.
         rows: Rows by name; the name is part of the names of files.
         epochs: Epochs of every row, unless the command line says otherwise.
+        options: Settings of every row, over which its own win.
         seeds: Seeds of every row, likewise.
         holdout: If positive, every so many-th training image is kept out of the training and
             tested on, in place of the test set, which stays unseen.
@@ -48,10 +49,14 @@ class Study:
     title: str
     rows: Mapping[str, Row]
     epochs: int
+    options: Options = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     holdout: int = 0
     baseline: str | None = None
 
+
+# Half the time of float32 where a CPU has instructions for it. Equilibria are tested in float32.
+BFLOAT16 = {'optim_wrapper.type': 'BFloat16OptimWrapper'}
 
 # --- Training recipes of one net --------------------------------------------------------------
 
@@ -100,6 +105,7 @@ def recipe(
 RECIPES = Study(
     title='Training recipes of MDEQ-tiny: evaluations of f, gradients, varying budgets, penalty',
     epochs=6,
+    options=BFLOAT16,
     baseline='paper',
     rows=dict(
         paper=Row(
@@ -119,6 +125,11 @@ RECIPES = Study(
         narrow=Row('6 to 12, phantom 3', TINY, recipe(phantom(3), jitter=NARROW)),
         wide=Row('5 to 20, phantom 3', TINY, recipe(phantom(3), jitter=WIDE)),
         penalty=Row('8, phantom 3, penalty', TINY, recipe(phantom(3), regularizer=PENALTY)),
+        narrow_penalty=Row(
+            '6 to 12, phantom 3, penalty',
+            TINY,
+            recipe(phantom(3), jitter=NARROW, regularizer=PENALTY),
+        ),
         wide_penalty=Row(
             '5 to 20, phantom 3, penalty',
             TINY,
@@ -141,6 +152,7 @@ RECIPES = Study(
 PENALTIES = Study(
     title='Weights of the Jacobian penalty, tested on a fifth of the training images',
     epochs=RECIPES.epochs,
+    options=BFLOAT16,
     seeds=(0,),
     holdout=5,
     rows={
@@ -166,6 +178,7 @@ NETS = dict(
 TABLE1 = Study(
     title='Nets of one size, trained alike (paper, Table 1, on a tenth of the images)',
     epochs=20,
+    options=BFLOAT16,
     rows={
         **{name: Row(title, config) for name, (title, config) in NETS.items()},
         'resnet18_same_time': Row(
@@ -177,6 +190,7 @@ TABLE1 = Study(
 TUNING = Study(
     title='Learning rate and weight decay of each net, tested on a fifth of the training images',
     epochs=TABLE1.epochs,
+    options=BFLOAT16,
     seeds=(0,),
     holdout=5,
     rows={

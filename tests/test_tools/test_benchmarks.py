@@ -99,6 +99,8 @@ def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
             for kernel in ('cpp', 'native')
         ]
         assert shares[f'{where}, f and vjp'] == pytest.approx(both[0] / both[1])
+        bound = result['convolutions'][where]
+        assert 0 < bound['share'] < 1 and 0 < bound['rate'], bound
     assert len(shares) == 3 * len(precisions) and (tmp_path / 'f.png').is_file()
 
 

@@ -7,17 +7,20 @@ from mdeq_mm.kernels import extension, resolve
 from mdeq_mm.optim import has_bfloat16
 
 import torch
-from nets import TINY, autocast, backbone
-from timing import Result, Step, interleaved
+from nets import LARGE, SMALL, TINY, autocast, backbone
+from timing import Result, Step, count_operations, interleaved, matmul_rate, timed
+from torch.profiler import ProfilerActivity, profile
 
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16)
+NETS = dict(tiny=TINY, large=LARGE, cityscapes=SMALL)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time both on the tiny network, on one thread and on all of torch's threads."""
+    """Time both on one thread and on all of torch's threads, and how much of it is convolution."""
     fused = fused_kernel(args.device)
     threads = {1, torch.get_num_threads()} if args.device == 'cpu' else {torch.get_num_threads()}
     samples: dict[str, list[float]] = {}
+    bounds: dict[str, dict[str, float]] = {}
     for count in sorted(threads):
         torch.set_num_threads(count)
         for precision in PRECISIONS:
@@ -27,10 +30,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             where = f'{precision}, {count} thread{"s" * (count > 1)}'
             for name, values in interleaved(steps, args.repeats, args.device).items():
                 samples[f'{where}, {name}'] = values
-    caption = f'one evaluation of f and one vjp, batch {args.batch}'
+            if args.device == 'cpu':
+                calls = [steps[f'{name}, {fused}'] for name in ('f', 'vjp')]
+                bounds[where] = convolutions(calls, args.repeats, PRECISIONS[precision])
+    caption = f'one evaluation of f and one vjp, {args.net}, batch {args.batch}'
     result = Result.of(samples, next(iter(samples)), caption)
     print(f'\n{result}')
-    return dict(result.to_dict(), fused=fused, fused_over_native=shares(result, fused))
+    found = shares(result, fused)
+    for where, bound in bounds.items():
+        print(
+            f'  {where}: convolutions are {bound["share"]:.2f} of f and vjp, at '
+            f'{bound["rate"] / 1e9:.0f} GFLOP/s; a large matrix product has '
+            f'{bound["matmul_rate"] / 1e9:.0f}'
+        )
+    return dict(result.to_dict(), fused=fused, fused_over_native=found, convolutions=bounds)
 
 
 def fused_kernel(device: str) -> str:
@@ -52,10 +65,11 @@ def candidates(
     args: argparse.Namespace, precision: str, kernels: tuple[str, ...]
 ) -> dict[str, Step]:
     """f and vjp of each kernel, by name."""
-    x = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    size = args.crop if args.net == 'cityscapes' else (32, 32)
+    x = torch.randn(args.batch, 3, *size, device=args.device)
     steps: dict[str, Step] = {}
     for kernel in kernels:
-        net = backbone(args.device, **TINY, norm_kernel=kernel).train()
+        net = backbone(args.device, **NETS[args.net], norm_kernel=kernel).train()
         cast = autocast(x.device, PRECISIONS[precision])
         with torch.no_grad(), cast:
             problem = net.problem(x)
@@ -74,6 +88,38 @@ def candidates(
 
         steps[f'f, {kernel}'], steps[f'vjp, {kernel}'] = f, vjp
     return steps
+
+
+def convolutions(calls: list[Step], repeats: int, dtype: torch.dtype | None) -> dict[str, float]:
+    """What part of the time of some calls on a CPU is convolution, and how fast it is.
+
+    Args:
+        calls: The calls.
+        repeats: How often they are repeated; the fastest repetition counts.
+        dtype: Of the matrix product to compare with; None for float32.
+
+    Returns:
+        ``share`` of the time; ``rate`` of the convolutions and ``matmul_rate``, in floating-point
+        operations a second.
+    """
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    found = []
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            seconds = timed(run, 'cpu')
+        inside = sum(
+            event.self_cpu_time_total
+            for event in profiled.key_averages()
+            if 'convolution' in event.key
+        )
+        found.append((seconds, inside / 1e6))
+    seconds, inside = min(found)
+    rate = matmul_rate('cpu', dtype or torch.float32)
+    return dict(share=inside / seconds, rate=count_operations(run) / inside, matmul_rate=rate)
 
 
 def shares(result: Result, fused: str) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
     python tools/benchmarks/run.py --suite {f,solver,step,memory,scale,gpu}
 
-f:      one evaluation of f and one vjp to its state, by fused operations and by torch's.
+f:      one evaluation of f and one vjp to its state, by fused operations and by torch's; on a CPU
+        also what part of it is convolution, beside the speed of a matrix product.
 solver: time of a solve over the time of its evaluations of f, for every solver.
 step:   a training step (forward and backward) of the tiny CIFAR-10 network at the same number of
         evaluations, beside torchdeq's solvers on the same f, plain backpropagation through as many
@@ -57,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--net',
         default='tiny',
         choices=('tiny', *explicit.PAIRS),
-        help='model of suite step; large and cityscapes have budgets of their own',
+        help='model of suites f and step; in step, large and cityscapes have budgets of their own',
     )
     parser.add_argument(
         '--nfe',

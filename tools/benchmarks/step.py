@@ -1,7 +1,6 @@
 """Suite step: a training step, other implementations of it, and other networks."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from mdeq_mm.optim import has_bfloat16
@@ -9,8 +8,7 @@ from mdeq_mm.optim import has_bfloat16
 import explicit
 import torch
 from nets import TINY, Torchdeq, backbone, calls_alone, resnet101, train_step
-from timing import Result, Step, interleaved, matmul_rate
-from torch.utils.flop_counter import FlopCounterMode
+from timing import Result, Step, count_operations, interleaved, matmul_rate
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,13 +63,6 @@ def torchdeq_step(device: str, x: torch.Tensor, nfe: int, solver: str, norm_kern
     """A step with torchdeq's solvers, whose users have an f of torch's operators, ``'native'``."""
     net = backbone(device, **TINY, norm_kernel=norm_kernel)
     return train_step(Torchdeq(net, nfe, solver, ift=True), x)
-
-
-def count_operations(function: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions in a call."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def limits(result: Result, operations: int, device: str) -> dict[str, Any]:

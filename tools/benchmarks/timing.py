@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
 
@@ -116,3 +117,10 @@ def matmul_rate(device: str, dtype: torch.dtype, largest: int = 2048) -> float:
         seconds = timed(lambda a=a: a @ a, device)
     samples = interleaved({'matmul': lambda: a @ a}, 9, device, quiet=True)
     return 2 * size**3 / min(samples['matmul'])
+
+
+def count_operations(step: Step) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

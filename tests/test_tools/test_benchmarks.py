@@ -1,5 +1,7 @@
 """tools/benchmarks: ratios of minima over interleaved rounds, and suites that run."""
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -11,6 +13,8 @@ import pytest
 
 from mdeq_mm.kernels import extension
 from tools.benchmarks.timing import Result, interleaved
+
+from ..mini_datasets import write_class_folders
 
 REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / 'tools/benchmarks'
@@ -204,3 +208,40 @@ def test_no_gpu_is_told_at_once():
     code = 'import run; run.parse_args(["--suite", "gpu", "--device", "cuda"])'
     with pytest.raises(AssertionError, match='finds no GPU here'):
         run('-c', code, CUDA_VISIBLE_DEVICES='')
+
+
+@pytest.fixture
+def learn(monkeypatch, tmp_path):
+    """Give a function that trains by two recipes, on twenty images, to a wanted accuracy."""
+    pytest.importorskip('mmpretrain')
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module('learn')
+    rows = {
+        name: ({**module.FEW, 'train_cfg.max_epochs': 2, 'model.backbone.drop_rate': rate}, None)
+        for name, rate in (('one', 0.0), ('other', 0.1))
+    }
+    data = write_class_folders(tmp_path / 'digits', dict(train=2, test=1))
+
+    def run(accuracy):
+        monkeypatch.setattr(module, 'candidates', lambda: rows)
+        monkeypatch.setattr(module, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
+        return module.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
+
+    return run
+
+
+def test_training_ends_at_the_wanted_accuracy(learn, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(
+        'mmengine.hooks.LoggerHook.after_val_epoch', lambda *call, **_: epochs.append(1)
+    )
+    result = learn(0.0)
+    # One epoch of each recipe: any accuracy is enough.
+    assert len(epochs) == 2
+    assert {name: len(values) for name, values in result['samples'].items()} == dict(one=1, other=1)
+    assert min(result['minimum'].values()) > 0 and result['missed'] == {}
+
+
+def test_a_recipe_that_never_gets_there_has_no_time(learn):
+    with pytest.raises(RuntimeError, match=r'no recipe reached 101%: .*one.*other'):
+        learn(101)

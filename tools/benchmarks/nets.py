@@ -1,5 +1,6 @@
 """The networks that the suites measure, and a training step for any of them."""
 
+from pathlib import Path
 from typing import Any
 
 from mdeq_mm.deq import Problem
@@ -10,6 +11,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from timing import Step
 from torch import Tensor, nn
 
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TINY = dict(arch='tiny')
 SMALL = dict(arch='small')
 # The backbone of configs/mdeq_large_cifar10.py: the widths of the small one at full resolution.

@@ -1,6 +1,6 @@
 """Measure this project and others on the same work, in one process.
 
-    python tools/benchmarks/run.py --suite {f,solver,step,memory,scale,gpu}
+    python tools/benchmarks/run.py --suite {f,solver,step,memory,scale,learn,gpu}
 
 f:      one evaluation of f and one vjp to its state, by fused operations and by torch's; on a CPU
         also what part of it is convolution, beside the speed of a matrix product.
@@ -14,6 +14,8 @@ memory: peak memory of a step over what was there before it, at growing max_iter
         mmsegmentation's HRNet-W18 on the same crop.
 scale:  how the step grows with batch, resolution, width and evaluations, and on CPUs with a second
         process.
+learn:  CPU time of training to a wanted accuracy on one thread: a recipe of few evaluations, the
+        paper's, and torchdeq's solver with its published recipe on the same net and data.
 gpu:    time and peak memory of a step for every combination of memory format, kernel of the norms,
         precision and compilation, beside torchdeq and mmpretrain's ResNet-101.
 
@@ -32,6 +34,7 @@ from mdeq_mm.allocation import keep_freed_memory
 import explicit
 import f
 import gpu
+import learn
 import memory
 import report
 import scale
@@ -39,7 +42,7 @@ import solver
 import step
 import torch
 
-SUITES = dict(f=f, solver=solver, step=step, memory=memory, scale=scale, gpu=gpu)
+SUITES = dict(f=f, solver=solver, step=step, memory=memory, scale=scale, learn=learn, gpu=gpu)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +52,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--suite', required=True, choices=SUITES, help='what to measure')
     parser.add_argument(
-        '--repeats', type=int, default=5, help='rounds; each runs every candidate once'
+        '--repeats',
+        type=int,
+        default=5,
+        help='rounds, each of which runs every candidate once; seeds of suite learn',
     )
     parser.add_argument(
         '--batch', type=int, default=32, help='images in a batch (suites f, solver, step, gpu)'
@@ -81,6 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=('H', 'W'),
         help='rows and columns of the image, of suite memory and of --net cityscapes',
     )
+    parser.add_argument(
+        '--task', default='digits', choices=learn.TASKS, help='images of suite learn'
+    )
+    parser.add_argument('--data-root', help='their folder (default: data/TASK)')
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser.add_argument('--device', default=default, help='where to compute')
     parser.add_argument(

@@ -18,7 +18,7 @@ METRIC = 'accuracy/top1'
 # Config and wanted top-1 accuracy in percent.
 TASKS = dict(digits=('mdeq_tiny_digits', 97.0), cifar10_5k=('mdeq_tiny_cifar10_5k', 35.0))
 
-BROYDEN = dict(type='LimitedMemoryBroyden', tol=1e-3, memory=5, _delete_=True)
+BROYDEN = dict(type='LimitedMemoryBroyden', tol=1e-3, memory=5)
 FEW = {
     'model.backbone.solver': dict(
         type='Anderson', max_iter=8, jitter=(6, 12), tol=1e-3, memory=5, _delete_=True
@@ -28,7 +28,7 @@ FEW = {
     'default_hooks.warmup': dict(type='MDEQWarmupHook', _delete_=True),
 }
 PAPER = {
-    'model.backbone.solver': dict(BROYDEN, max_iter=18),
+    'model.backbone.solver': dict(BROYDEN, max_iter=18, _delete_=True),
     'model.backbone.gradient': dict(
         type='ImplicitGradient', solver=dict(BROYDEN, max_iter=20), _delete_=True
     ),

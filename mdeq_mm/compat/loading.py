@@ -105,14 +105,15 @@ def verify_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r'GLOBAL (\S+)', str(error))
+        # A name that is not allowed, or an allowed function's call for a class that is not.
+        named = re.search(r"GLOBAL (\S+)|got <class '(\S+)'>", str(error))
         if not named:
             raise ValueError(f'{path!r} is not a checkpoint torch can read: {error}') from error
         raise UnsafeCheckpointError(
-            f'{path!r} was refused: it names {named.group(1)}, which is not plain data and could '
-            'run code. Nothing in the file was run. If you trust where it comes from, save its '
-            'weights alone there, torch.save(dict(state_dict=model.state_dict()), path), and use '
-            'that file.'
+            f'{path!r} was refused: it names {named[1] or named[2]}, which is not plain data and '
+            'could run code. Nothing in the file was run. If you trust where it comes from, save '
+            'its weights alone there, torch.save(dict(state_dict=model.state_dict()), path), and '
+            'use that file.'
         ) from None
     except Exception as error:  # torch's errors for damaged files have no common base class
         raise ValueError(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..options import check_flag, check_int, check_kind, checks_options
 from .gradients import Gradient
 from .passes import forward_pass
-from .problem import FunctionProblem, Problem, State, problem_of
+from .problem import FunctionProblem, Problem, State, caching, problem_of
 from .regularizers import JacobianRegularizer
 from .solvers import Solution, Solver, Status, solve
 from .solvers.base import uncached_autocast
-from .solvers.products import recording
+from .solvers.products import in_transform, recording
 from .start import ZeroStart
 
 # A penalty that nobody collects keeps its graph alive: more of them than this are a mistake.
@@ -161,18 +161,26 @@ class ImplicitLayer(nn.Module):
                 start.
 
         Returns:
-            f(z*) in the structure of ``z0``; for a problem, its ``maps`` of the state.
+            f(z*) in the structure of ``z0``, tensors that may be changed in place; for a problem,
+            its ``maps`` of the state.
+
+        Raises:
+            NotImplementedError: Inside a transform of ``torch.func`` or under forward-mode
+                differentiation, unless ``unrolled_layers`` is set.
         """
         _refuse_old_onnx()
         self._reports.forward = self._reports.backward = None
         with forward_pass():
             problem = problem_of(f, z0)
-            if not self.unrolled_layers:
-                return problem.maps(self._equilibrium(problem))
-            z = problem.start
-            for _ in range(self.unrolled_layers):
-                z = problem(z)
-            return problem.maps(z)
+            if self.unrolled_layers:
+                z = problem.start
+                for _ in range(self.unrolled_layers):
+                    z = problem(z)
+            else:
+                _refuse_transforms()
+                z = self._equilibrium(problem)
+            own = isinstance(problem, FunctionProblem)
+            return problem.copied_maps(z) if own else problem.maps(z)
 
     def _equilibrium(self, problem: Problem) -> Tensor:
         """f(z*), (N, D)."""
@@ -182,6 +190,9 @@ class ImplicitLayer(nn.Module):
         if self.training:
             generator = self._generator()
             solver = solver.drawn(generator)
+        if graph and caching():
+            # Otherwise the solve would fill the caller's cache with weights that have no graph.
+            problem(start)
         if start.requires_grad and graph and not self._reports.warned_of_start:
             self._reports.warned_of_start = True
             _warn_of_learned_start()
@@ -254,6 +265,15 @@ def _refuse_old_onnx() -> None:
         )
 
 
+def _refuse_transforms() -> None:
+    if in_transform():
+        raise NotImplementedError(
+            'No equilibrium can be solved inside a transform of torch.func (vmap, grad, jvp and '
+            'their like). Put the samples of vmap into one batch, take torch.autograd.grad for '
+            'gradients, or set unrolled_layers, which works inside all of them.'
+        )
+
+
 def _check_learns(gradient: Gradient, solver: Solver) -> None:
     if not solver.learns_jacobian:
         raise TypeError(
@@ -312,8 +332,8 @@ def _warn_of_changing_function(reported: float, residual: float) -> None:
         'f is not the same function at each call: the solve ended at a residual of '
         f'{reported:.2g}, and the next call gives {residual:.2g}. Look for dropout, noise, and '
         'norms that update themselves, such as spectral norm. Give f as a module, not as a '
-        'function around one: its weights are then computed once a forward pass. Draw masks and '
-        'noise before the call of the layer.',
+        'function around one, and compile it by torch.compile(f), not by f.compile(): its weights '
+        'are then computed once a forward pass. Draw masks and noise before the call of the layer.',
         stacklevel=5,
     )
 

@@ -77,8 +77,9 @@ def bound(module: nn.Module) -> nn.Module:
     method ``begin_pass(current)``, which is called on its copy with this thread's pass, or None.
 
     Args:
-        module (nn.Module): Any module. Scripted submodules are used as they are, and so are
-            submodules that FSDP shards, whose weights exist only during their calls.
+        module (nn.Module): Any module, also one that ``torch.compile`` returned. Scripted
+            submodules are used as they are, and so are submodules that FSDP shards, whose weights
+            exist only during their calls, and what ``module.compile()`` compiled in place.
     """
     return _copy(module, {})
 
@@ -103,6 +104,9 @@ def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         if name != 'parametrizations'
     }
     copy.__dict__.update(values)
+    if is_compiled(copy):
+        # Its call is compiled around the module that it wraps: now the copy of that.
+        copy.__setstate__(copy.__getstate__())
     _run_weight_hooks(copy)
     if hasattr(type(copy), 'begin_pass'):
         copy.begin_pass(current_pass())
@@ -119,6 +123,12 @@ def _run_weight_hooks(copy: nn.Module) -> None:
         hooks[key](copy, None)
     others = ((key, hook) for key, hook in hooks.items() if key not in weights)
     copy._forward_pre_hooks = OrderedDict(others)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this is what ``torch.compile`` makes of a module."""
+    dynamo = sys.modules.get('torch._dynamo')
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_sharded(module: nn.Module) -> bool:

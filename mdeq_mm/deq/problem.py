@@ -110,13 +110,10 @@ class FunctionProblem(Problem):
         dtype = torch.float32
         for other in self.dtypes:
             dtype = torch.promote_types(dtype, other)
-        self.start = self._flat([part.to(dtype) for part in parts])
-        if self.f is f and _caching() and torch.is_grad_enabled():
-            # Otherwise the solve would fill the caller's cache with weights that have no graph.
-            self(self.start)
+        self.start = outside_inference(self._flat([part.to(dtype) for part in parts]))
 
     def __call__(self, z: Tensor) -> Tensor:
-        states, version = self.maps(z), _version(z)
+        states, version = self.maps(_shielded(z)), _version(z)
         try:
             out = self.f(states)
         except RuntimeError as error:
@@ -142,9 +139,19 @@ class FunctionProblem(Problem):
         return parts
 
     def maps(self, z: Tensor) -> State:
+        return self._structured(z, copy=False)
+
+    def copied_maps(self, z: Tensor) -> State:
+        """:meth:`maps` in memory of their own, for a caller who may change them in place.
+
+        In place on a view of f's output, the change would go past the hook that makes the gradient.
+        """
+        return self._structured(z, copy=True)
+
+    def _structured(self, z: Tensor, copy: bool) -> State:
         sizes = [math.prod(shape) for shape in self.shapes]
         parts = [
-            part.reshape(z.shape[0], *shape).to(dtype)
+            part.reshape(z.shape[0], *shape).to(dtype, copy=copy)
             for part, shape, dtype in zip(z.split(sizes, dim=1), self.shapes, self.dtypes)
         ]
         if self.single:
@@ -173,6 +180,19 @@ def problem_of(f: Problem | Callable[[Any], Any], z0: State | None = None) -> Pr
     return FunctionProblem(f, z0)
 
 
+def outside_inference(z: Tensor) -> Tensor:
+    """``z``, copied if it comes from an inference mode that has ended: autograd refuses those."""
+    return z.clone() if z.is_inference() and not torch.is_inference_mode_enabled() else z
+
+
+def _shielded(z: Tensor) -> Tensor:
+    """What f may be given of the iterate ``z``: in inference mode a copy.
+
+    torch counts no changes of inference tensors, so an f that works in place could not be refused.
+    """
+    return z.clone() if z.is_inference() else z
+
+
 def _version(z: Tensor) -> int | None:
     """How often ``z`` was changed in place; None if torch does not count."""
     return None if z.is_inference() or torch.compiler.is_compiling() else z._version
@@ -187,7 +207,7 @@ def _check_version(z: Tensor, version: int | None) -> None:
         )
 
 
-def _caching() -> bool:
+def caching() -> bool:
     """Whether the caller is inside ``torch.nn.utils.parametrize.cached()``."""
     return bool(getattr(parametrize, '_cache_enabled', 0))
 
@@ -282,7 +302,8 @@ class CellProblem(Problem):
         self.start = injection.new_zeros(injection.shape[0], size, dtype=dtype)
 
     def __call__(self, z: Tensor) -> Tensor:
-        states, version = unpack(z.to(self.given), self.shapes, self.channels_last), _version(z)
+        version, given = _version(z), _shielded(z).to(self.given)
+        states = unpack(given, self.shapes, self.channels_last)
         if self.call is None:
             out = self.cell(states, self.injection)
         else:

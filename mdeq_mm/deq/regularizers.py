@@ -32,7 +32,7 @@ class JacobianRegularizer(Part):
         check_int(name, 'samples', self.samples, 1)
 
     def __call__(self, z: Tensor, out: Tensor) -> Tensor:
-        """The penalty, a scalar with a graph.
+        """The penalty, a scalar with a graph; zero where f does not depend on z.
 
         Args:
             z (Tensor): (N, D) the equilibrium, a tensor that requires grad.
@@ -41,7 +41,11 @@ class JacobianRegularizer(Part):
         total = out.new_zeros(())
         for _ in range(self.samples):
             v = torch.randn_like(out)
-            (vjp,) = torch.autograd.grad(out, z, v, create_graph=True)
+            vjp = None
+            if out.requires_grad:
+                (vjp,) = torch.autograd.grad(out, z, v, create_graph=True, allow_unused=True)
+            if vjp is None:
+                return total
             # A mean over the batch as well: the paper's D counts the whole batch.
             total = total + vjp.square().mean()
         return self.weight * total / self.samples

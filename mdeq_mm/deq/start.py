@@ -5,7 +5,7 @@ import threading
 from torch import Tensor
 
 from ..options import immutable
-from .problem import Problem
+from .problem import Problem, outside_inference
 from .solvers.base import Part
 
 
@@ -38,7 +38,7 @@ class PreviousStart(ZeroStart):
 
     def __call__(self, problem: Problem, training: bool) -> Tensor:
         if not training and getattr(self._last, 'kind', None) == _kind(problem):
-            return self._last.z
+            return outside_inference(self._last.z)
         return problem.start
 
     def remember(self, problem: Problem, z: Tensor, training: bool) -> None:

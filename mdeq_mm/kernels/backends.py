@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deq.solvers.products import in_transform
 from ..options import check_choice
 from . import compiled, extension
 
@@ -58,8 +59,7 @@ def _exporting() -> bool:
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is active, which custom operators lack."""
-    active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
-    return active() or torch.autograd.forward_ad._current_level >= 0
+    return in_transform() or torch.autograd.forward_ad._current_level >= 0
 
 
 def operations(kernel: str) -> Any:

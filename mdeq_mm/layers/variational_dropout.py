@@ -32,6 +32,8 @@ class VariationalDropout2d(nn.Module):
         self._masks: dict[tuple, Tensor] = {}
         # Shared by all copies that a forward pass makes of this module.
         self._key = object()
+        # Whether this is a copy made for a pass.
+        self._bound = False
 
     def reset(self) -> None:
         """Forget the masks; the next training call draws a new one."""
@@ -40,6 +42,7 @@ class VariationalDropout2d(nn.Module):
     def begin_pass(self, current: Pass | None) -> None:
         """Called on the copy that a forward pass makes of this module."""
         self._masks = {} if current is None else current.values.setdefault(self._key, {})
+        self._bound = True
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The mask (N, C, 1, 1) for ``x`` (N, C, H, W); None in evaluation mode.
@@ -50,9 +53,15 @@ class VariationalDropout2d(nn.Module):
             return None
         if x.dim() != 4:
             raise ValueError(f'VariationalDropout2d takes (N, C, H, W), got {tuple(x.shape)}.')
+        if torch.compiler.is_dynamo_compiling() and not self._bound:
+            # Compiled code would keep the masks of one pass for all.
+            return _uncompiled_mask(self, x)
+        return self._mask(x)
+
+    def _mask(self, x: Tensor) -> Tensor:
         masks = self._masks
-        # Compiled code always runs on a copy, which has the masks of its pass.
-        current = None if torch.compiler.is_compiling() else current_pass()
+        # Compiled code runs on a copy, which has the masks of its pass.
+        current = None if self._bound else current_pass()
         if current is not None:
             # Kept here as well for calls after the pass: activation checkpointing repeats f then.
             masks = self._masks = current.values.setdefault(self._key, {})
@@ -78,6 +87,11 @@ class VariationalDropout2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f'drop_rate={self.drop_rate}'
+
+
+@torch.compiler.disable
+def _uncompiled_mask(module: VariationalDropout2d, x: Tensor) -> Tensor:
+    return module._mask(x)
 
 
 def reset_masks(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from mdeq_mm.deq import (
     Status,
     TruncatedGradient,
 )
+from mdeq_mm.deq.solvers.products import Products, register_products
 
 pytestmark = pytest.mark.filterwarnings('error:f is not the same function')
 
@@ -479,6 +480,144 @@ def test_shared_inverse_is_refused_over_a_solver_that_learns_nothing():
     torch.testing.assert_close(z, torch.full((2, 3), 2.0), rtol=1e-2, atol=0)
     with pytest.raises(TypeError, match=message):
         layer(lambda z: 0.5 * z + x, torch.zeros(2, 3))
+
+
+# Work in place.
+
+
+def mask_two_columns(z):
+    z[..., :2] = 0
+    return z
+
+
+IN_PLACE = dict(
+    rectify=lambda z: torch.relu_(z), scale=lambda z: z.mul_(2), assign=mask_two_columns
+)
+
+
+@pytest.mark.parametrize('change', IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('several', [False, True])
+def test_the_result_may_be_changed_in_place(change, gradient, several):
+    """f is linear, so that torch itself would miss nothing that the change overwrites."""
+    x = picture(torch.float64).requires_grad_()
+    layer = layer_of('broyden', gradient)
+
+    def result():
+        if several:
+            return layer(lambda z: [0.4 * z[0].flip(-1) + x], [torch.zeros_like(x)])[0]
+        return layer(lambda z: 0.4 * z.flip(-1) + x, torch.zeros_like(x))
+
+    got, wanted = change(result()), change(result().clone())
+    torch.testing.assert_close(got, wanted)
+    grads = (torch.autograd.grad(weighted(z), x)[0] for z in (got, wanted))
+    torch.testing.assert_close(*grads)
+
+
+def test_the_result_shares_no_memory_with_what_f_returned():
+    constant = torch.ones(2, 3)
+    EXACT(lambda z: constant, torch.zeros(2, 3)).add_(1)
+    assert constant.eq(1).all()
+
+
+# Inference mode.
+
+
+def test_in_inference_mode_an_f_that_works_in_place_harms_nobody():
+    """torch counts no changes there, so it cannot be refused as elsewhere."""
+    x = picture(torch.float64)
+    with torch.inference_mode():
+        got = EXACT(lambda z: 0.4 * torch.relu_(z).flip(-1) + x, torch.zeros_like(x))
+    wanted = EXACT(lambda z: 0.4 * torch.relu(z).flip(-1) + x, torch.zeros_like(x))
+    torch.testing.assert_close(got.clone(), wanted)
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('unrolled_layers', [0, 2])
+def test_a_start_made_in_inference_mode(gradient, unrolled_layers):
+    """It is the solution already, so that z* is the very tensor, which autograd would refuse."""
+    conv, x = Net().double().conv, picture(torch.float64)
+    layer = layer_of('anderson', gradient)
+
+    def f(z):
+        return torch.tanh(conv(z) + x)
+
+    with torch.inference_mode():
+        start = layer(f, torch.zeros_like(x))
+    layer.unrolled_layers = unrolled_layers
+    grads = []
+    for z0 in (start, start.clone()):
+        weighted(layer(f, z0)).backward()
+        grads.append(conv.weight.grad)
+        conv.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+def test_a_previous_start_remembered_in_inference_mode(gradient):
+    net, x = Net().double(), picture(torch.float64)
+    layer = layer_of('broyden', gradient)
+    layer = ImplicitLayer(layer.solver, layer.gradient, start=PreviousStart()).eval()
+    with torch.inference_mode():
+        layer(partial(net, x=x), torch.zeros_like(x))
+    weighted(layer(partial(net, x=x), torch.zeros_like(x))).backward()
+    assert layer.forward_stats.num_iter.max() == 1 and net.conv.weight.grad.any()
+
+
+# Other ways to differentiate.
+
+TRANSFORMS = dict(
+    grad=lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    vmap=lambda f, x: torch.func.vmap(lambda x: f(x[None])[0])(x),
+    jvp=lambda f, x: torch.func.jvp(f, (x,), (x,)),
+)
+
+
+@pytest.mark.parametrize('transform', TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize('gradient', GRADIENTS)
+def test_transforms_of_functions_are_refused_but_through_unrolled_layers(transform, gradient):
+    x, layer = picture(torch.float64), layer_of('broyden', gradient)
+
+    def f(x):
+        return layer(lambda z: torch.tanh(0.5 * z + x), torch.zeros(x.shape, dtype=x.dtype))
+
+    with pytest.raises(NotImplementedError, match=r'torch\.func.*unrolled_layers'):
+        transform(f, x)
+    layer.unrolled_layers = 3
+    got = transform(f, x)
+    if transform is TRANSFORMS['vmap']:
+        torch.testing.assert_close(got, f(x))
+
+
+class Untangent(Products):
+    """Sees values alone."""
+
+    def residual(self, fz, z, g):
+        return super().residual(torch.autograd.forward_ad.unpack_dual(fz).primal, z, g)
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('products', [None, Untangent()], ids=['torch', 'faster'])
+def test_forward_mode_does_not_take_the_equilibrium_for_a_constant(gradient, products, monkeypatch):
+    """Operations that carry no derivative, as those in C++, would drop it without an error."""
+    monkeypatch.setattr('mdeq_mm.deq.solvers.products._FASTER', {})
+    if products is not None:
+        register_products('cpu', products)
+    x, layer = picture(torch.float64), layer_of('broyden', gradient)
+    v, forward_ad = x.flip(0), torch.autograd.forward_ad
+
+    def derivative():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, v)
+            z = layer(lambda z: torch.tanh(0.5 * z + dual), torch.zeros_like(x))
+            return forward_ad.unpack_dual(z).tangent
+
+    with pytest.raises(NotImplementedError, match='Forward-mode.*unrolled_layers'):
+        derivative()
+    layer.unrolled_layers = 60
+    z = layer(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x))
+    slope = 1 - z.square()
+    torch.testing.assert_close(derivative(), slope / (1 - 0.5 * slope) * v)
 
 
 # A start that is learned.

@@ -72,9 +72,12 @@ FORMS = dict(
 )
 every_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 # Those in which the module can be seen.
-seen_forms = pytest.mark.parametrize(
-    'form', [FORMS[k] for k in list(FORMS)[:3]], ids=list(FORMS)[:3]
-)
+SEEN_FORMS = {name: form for name, form in FORMS.items() if name != 'closure'}
+
+
+def compiled(net):
+    """By dynamo alone, which keeps the arithmetic."""
+    return torch.compile(net, backend='eager')
 
 
 CHANGING = 'f is not the same function at each call'
@@ -115,7 +118,25 @@ def unrolled_gradients(net, steps=60):
     return dict(zip(dict(net.named_parameters()), grads))
 
 
-@every_form
+class Holder(nn.Module):
+    """Calls a net that it does not own, so that the net is not among its modules."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.nets = [net]
+
+    def forward(self, z):
+        return self.nets[0](z)
+
+
+# Forms in which the module cannot be seen, whatever f is.
+HIDDEN_FORMS = dict(
+    argument=lambda net: partial(lambda module, z: module(z), net),
+    unregistered=Holder,
+)
+
+
+@pytest.mark.parametrize('form', [*FORMS.values(), *HIDDEN_FORMS.values()])
 @every_layer
 def test_a_cache_of_the_caller_loses_no_gradient(make, form):
     net = make_map()
@@ -225,7 +246,7 @@ def test_weights_are_loaded_while_another_model_predicts(form):
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize('norm', [parametrizations.spectral_norm, hooked_spectral_norm])
-@seen_forms
+@pytest.mark.parametrize('form', [*SEEN_FORMS.values(), compiled], ids=[*SEEN_FORMS, 'compiled'])
 def test_spectral_norm_makes_one_power_iteration_a_forward_pass(norm, form):
     net = make_map(lambda size: norm(nn.Linear(size, size, bias=False))).train()
     twin = copy.deepcopy(net)

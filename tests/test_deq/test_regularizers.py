@@ -114,6 +114,15 @@ def test_no_penalty_in_evaluation_without_grad_or_at_probability_zero(parts):
     assert layer.pop_penalty() > 0 and layer.pop_penalty() is None
 
 
+@pytest.mark.parametrize('f', [lambda x: lambda z: torch.tanh(x), lambda x: lambda z: x.detach()])
+@every_gradient
+def test_no_penalty_where_f_does_not_depend_on_the_state(parts, f, gradient):
+    x = parts[1]
+    layer = layer_of(gradient, weight=1.0)
+    layer(f(x), torch.zeros_like(x))
+    assert layer.pop_penalty() == 0
+
+
 def test_penalties_of_two_passes_add_up(parts):
     w, x = parts
     layer = layer_of(weight=1.0)

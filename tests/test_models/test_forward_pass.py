@@ -166,22 +166,42 @@ def test_an_equilibrium_inside_a_cell_has_the_gradient_of_the_unrolled_one():
 class DropoutNet(nn.Module):
     """A net of one's own with dropout in f, which it gives as a module or as a function."""
 
-    def __init__(self, seen):
+    def __init__(self, form):
         super().__init__()
         self.f = nn.Sequential(VariationalDropout2d(0.5), nn.Conv2d(3, 3, 1), nn.Tanh())
         self.implicit = ImplicitLayer(
             LimitedMemoryBroyden(max_iter=50, tol=1e-11), PhantomGradient()
         )
-        self.seen = seen
+        self.form = form
 
     def forward(self, x):
-        return [self.implicit(self.f if self.seen else lambda z: self.f(z), x)]
+        return [self.implicit(self.form(self.f), x)]
+
+
+def compiled(f):
+    """By dynamo alone, which keeps the arithmetic."""
+    return torch.compile(f, backend='eager')
+
+
+def compiled_in_place(f):
+    f.compile(backend='eager')
+    return f
+
+
+def backbone_with_compiled_cell():
+    net = make(drop_rate=0.5)
+    net.cell.compile(backend='eager')
+    return net
 
 
 DROPOUT_NETS = dict(
     backbone=lambda: make(drop_rate=0.5),
-    module=lambda: DropoutNet(True).double(),
-    closure=lambda: DropoutNet(False).double(),
+    module=lambda: DropoutNet(lambda f: f).double(),
+    closure=lambda: DropoutNet(lambda f: lambda z: f(z)).double(),
+    compiled=lambda: DropoutNet(compiled).double(),
+    compiled_closure=lambda: DropoutNet(lambda f: compiled(lambda z: f(z))).double(),
+    compiled_in_place=lambda: DropoutNet(compiled_in_place).double(),
+    compiled_cell=backbone_with_compiled_cell,
 )
 
 

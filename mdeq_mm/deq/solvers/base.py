@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...options import check_int, check_number, immutable
 from .products import at_least_float32, products_for, recording
@@ -348,6 +349,8 @@ def _iterate(
     for evaluation in range(len(record.trace) + 1, solver.max_iter + 1):
         # An alias: an f that is itself a gradient may set requires_grad on its argument.
         fz = f(z.detach())
+        if not recording():
+            _refuse_tangent(fz)
         if fz.shape != z.shape:
             raise ValueError(f'f maps {tuple(z.shape)} to {tuple(fz.shape)}; it must keep (N, D).')
         g = g_buffers[evaluation % 2]
@@ -370,6 +373,15 @@ def _iterate(
         if f_of_rows is not None and _few(outcome.num_active, z.shape[0]):
             _go_on_with_active(z, step, state, record, f_of_rows)
             break
+
+
+def _refuse_tangent(fz: Tensor) -> None:
+    if forward_ad.unpack_dual(fz).tangent is not None:
+        raise NotImplementedError(
+            'Forward-mode derivatives do not pass a solve: z* would count as a constant. Take '
+            'reverse mode (backward, torch.autograd.grad), or set unrolled_layers of '
+            'ImplicitLayer, which has both.'
+        )
 
 
 def _few(num_active: int | None, n: int) -> bool:

@@ -119,6 +119,11 @@ def recording() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as vmap or grad, is active."""
+    return getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
+
+
 _TORCH = Products()
 _FASTER: dict[str, Products] = {}
 
@@ -131,9 +136,11 @@ def register_products(device: str, products: Products) -> None:
 def products_for(z: Tensor, history: torch.dtype | None = None) -> Products:
     """The operations for states like ``z`` and a history of dtype ``history``.
 
-    Torch operators where a graph is recorded: an export, a trace, a compiled call, fake tensors.
+    Torch operators where a graph is recorded (an export, a trace, a compiled call, fake tensors)
+    and inside transforms of torch.func.
     """
-    plain = type(z) is Tensor and not torch.compiler.is_compiling() and not recording()
+    graph = torch.compiler.is_compiling() or recording()
+    plain = type(z) is Tensor and not graph and not in_transform()
     pairs = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16))
     pairs += ((torch.float64, torch.float64),)
     if plain and (z.dtype, history or z.dtype) in pairs:

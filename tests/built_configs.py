@@ -29,7 +29,7 @@ from mdeq_mm.layers import VariationalDropout2d
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
 from mdeq_mm.models.cell import Upsample
 
-# Rows and columns of the image of each data set; that of Cityscapes is a quarter as long and wide.
+# Rows and columns of each data set's image; those of Cityscapes are a quarter of the real ones.
 IMAGE_SIZES = {
     'data/camvid': (360, 480),
     'data/cifar10': (32, 32),
@@ -40,8 +40,8 @@ IMAGE_SIZES = {
     'data/digits': (16, 16),
     'data/imagenet': (375, 500),
 }
-# Batches in an epoch here, whatever the data set: a schedule over epochs, but with a step every
-# iteration, is built with so many iterations an epoch.
+# Batches per epoch here, whatever the data set: schedules over epochs that step every iteration
+# are built with this number.
 EPOCH = 4
 
 _LOSS = ('use_sigmoid', 'loss_weight', 'class_weight')
@@ -130,7 +130,7 @@ _TOLD = {
     'VisualizationHook': ('enable', 'interval'),
 }
 _RECIPE_HOOKS = ('MDEQWarmupHook', 'MDEQRegularizerHook')
-# Keys of a group of an optimizer's parameters that are no choice of ours.
+# Keys of an optimizer's parameter groups that our configs do not set.
 _OF_TORCH = (
     'params',
     'initial_lr',
@@ -156,7 +156,7 @@ def tell(part: Any) -> dict[str, Any]:
     """Name of an object's class, and what ``_TOLD`` lists for it.
 
     Raises:
-        KeyError: If nothing is said there about such an object.
+        KeyError: If ``_TOLD`` has no entry for the class.
     """
     told = dict(type=type(part).__name__)
     for name in _TOLD[told['type']]:
@@ -199,7 +199,7 @@ class ConfigRunner(Runner):
             return super().build_model(model)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        # It goes to no device, and SyncBN stays SyncBN, as on several GPUs.
+        # The model stays where it is, and SyncBN stays SyncBN, as on several GPUs.
         return model
 
     def build_visualizer(self, visualizer: dict) -> Any:
@@ -208,7 +208,7 @@ class ConfigRunner(Runner):
         return super().build_visualizer(dict(visualizer, name=self.experiment_name))
 
     def build_logger(self, log_level: str = 'INFO', **options: Any) -> Any:
-        # A failing test is to show what differs, not the order of all hooks.
+        # A failing test should show what differs, not the order of all hooks.
         return super().build_logger(log_level='ERROR', **options)
 
     def build_evaluator(self, evaluator: Any) -> Any:
@@ -252,10 +252,10 @@ def sample(image: Path) -> dict[str, Any]:
     )
 
 
-def write_image(path: Path, picture: np.ndarray) -> Path:
+def write_image(path: Path, image: np.ndarray) -> Path:
     """Write an image (H, W, 3) in RGB, and beside it a map of labels 0."""
-    cv2.imwrite(str(path), picture[..., ::-1])
-    cv2.imwrite(str(path.with_suffix('.labels.png')), np.zeros(picture.shape[:2], np.uint8))
+    cv2.imwrite(str(path), image[..., ::-1])
+    cv2.imwrite(str(path.with_suffix('.labels.png')), np.zeros(image.shape[:2], np.uint8))
     return path
 
 
@@ -273,8 +273,8 @@ def measure(cfg: Config, folder: Path) -> dict[str, dict[str, Any]]:
         importlib.import_module(cfg.default_scope)
     rows, columns = IMAGE_SIZES[cfg.train_dataloader.dataset.data_root]
     generator = np.random.default_rng(0)
-    picture = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
-    ConfigRunner.image = write_image(folder / f'{rows}x{columns}.png', picture)
+    image = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    ConfigRunner.image = write_image(folder / f'{rows}x{columns}.png', image)
     cfg.work_dir = str(folder)
     with built(cfg) as runner:
         return dict(
@@ -581,9 +581,9 @@ def _inputs(runner: Runner, loader: Any, training: bool) -> tuple[torch.Tensor, 
 
 
 def _preprocessor(runner: Runner, folder: Path) -> dict[str, Any]:
-    """Order of the channels that enter the net, and mean and std that are taken off them.
+    """Order of the channels that enter the net, and the mean and std that normalize them.
 
-    By what becomes of pure colours: channel c is (x - mean) / std of one of R, G and B.
+    Found from what pure colours become: channel c is (x - mean) / std of one of R, G and B.
     """
     loader = runner.val_dataloader
     colours = dict(black=(0, 0, 0), R=(255, 0, 0), G=(0, 255, 0), B=(0, 0, 255))
@@ -632,7 +632,7 @@ def evaluation_of(runner: Runner) -> dict[str, Any]:
 
 
 def _hook(hook: Any) -> dict[str, Any]:
-    # What belongs to the recipe is told under training.
+    # What belongs to the recipe is listed under training.
     kind = type(hook).__name__
     return dict(type=kind) if kind in _RECIPE_HOOKS else tell(hook)
 

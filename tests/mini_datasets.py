@@ -13,9 +13,9 @@ def write_cityscapes(
 
     Args:
         root: The folder that stands for ``data/cityscapes``.
-        size: Rows and columns of a picture; the real ones have 1024 and 2048.
-        num_train: Training pictures, of one city.
-        num_val: Validation pictures, of another.
+        size: Rows and columns of an image; the real ones have 1024 and 2048.
+        num_train: Training images, of one city.
+        num_val: Validation images, of another.
 
     Returns:
         ``root``.
@@ -32,9 +32,9 @@ def write_cityscapes(
             stripes = (np.arange(size[1]) * 20 // size[1] + index) % 20
             target = np.where(stripes == 19, 255, stripes).astype(np.uint8)
             target = np.repeat(target[None], size[0], axis=0)
-            picture = np.repeat(target[..., None] * 13, 3, axis=2).astype(np.uint8)
-            picture[..., index % 3] ^= rng.integers(0, 16, size, dtype=np.uint8)
-            cv2.imwrite(str(images / f'{stem}_leftImg8bit.png'), picture)
+            image = np.repeat(target[..., None] * 13, 3, axis=2).astype(np.uint8)
+            image[..., index % 3] ^= rng.integers(0, 16, size, dtype=np.uint8)
+            cv2.imwrite(str(images / f'{stem}_leftImg8bit.png'), image)
             cv2.imwrite(str(labels / f'{stem}_gtFine_labelTrainIds.png'), target)
     return root
 
@@ -46,9 +46,9 @@ def write_class_folders(
 
     Args:
         root: The data set's folder.
-        splits: Pictures of each class, by split.
+        splits: Images of each class, by split.
         num_classes: Number of class folders, named by numbers.
-        size: Side of a picture.
+        size: Side of an image.
 
     Returns:
         ``root``.
@@ -60,6 +60,6 @@ def write_class_folders(
             folder.mkdir(parents=True)
             for index in range(count):
                 grey = 10 + 200 * target // num_classes
-                picture = grey + rng.integers(0, 20, (size, size))
-                cv2.imwrite(str(folder / f'{target}_{index}.png'), picture.astype(np.uint8))
+                image = grey + rng.integers(0, 20, (size, size))
+                cv2.imwrite(str(folder / f'{target}_{index}.png'), image.astype(np.uint8))
     return root

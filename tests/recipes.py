@@ -99,7 +99,7 @@ XL = dict(parameters=77_780_296, channels=[88, 176, 352, 704], expansion=6)
 
 
 def neural_ode(parameters: int, hidden: int, augmented: int) -> Values:
-    """A Neural ODE of the image's own size; its norms would be none of f's."""
+    """A Neural ODE at the size of the image. It has no f, and so no norms of f."""
     return dict(
         type='NeuralODEBackbone',
         parameters=parameters,
@@ -228,7 +228,7 @@ def segmentor(parameters: int, head: Values, batch_norms: list[tuple[str, float]
 
 
 def cityscapes_segmentor(official: int, channels: list[int]) -> Values:
-    """The official network but for a bias before the head's batch norm, as wide as all scales."""
+    """The official network without the bias before the head's batch norm, as wide as all scales."""
     width = sum(channels)
     return segmentor(official - width, fcn_head(channels, width), [('SyncBatchNorm', 0.01)])
 
@@ -261,7 +261,7 @@ def sgd(lr: float, weight_decay: float, nesterov: bool = False) -> Values:
 
 
 def cosine(end: int, begin: int = 0) -> Values:
-    """From the rate to zero, a step every iteration."""
+    """From the base rate to zero, with a step every iteration."""
     return dict(
         type='CosineAnnealingLR',
         begin=begin,
@@ -286,7 +286,7 @@ def linear_start(end: int, start_factor: float) -> Values:
 
 
 def warmup(iters: int, layers: int, softplus: int | None = None) -> Values:
-    """Unrolled layers first, softplus as long unless said otherwise."""
+    """Unrolled layers first, with softplus for as long unless stated otherwise."""
     return dict(
         type='MDEQWarmupHook',
         unrolled_iters=iters,
@@ -374,7 +374,7 @@ PACK_MAPS = dict(type='PackSegInputs')
 
 
 def resize(scale: list[int] | None, factor: float | None = None) -> Values:
-    """To a width and height that the image fits in, or by a factor."""
+    """Resize to fit into a width and height, or by a factor."""
     return dict(
         type='Resize',
         scale=scale,
@@ -449,12 +449,12 @@ def of_images(mean: list[float], std: list[float], order: str, classes: int) -> 
     )
 
 
-# Of the images of ImageNet, in RGB and of 255.
+# For ImageNet, in RGB on the scale of 255.
 IMAGENET_MEAN, IMAGENET_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
 def of_maps(rows: int, columns: int) -> Values:
-    """Padded to the crop; 255 is no class."""
+    """Padded to the size of the crop; 255 marks pixels without a class."""
     return dict(
         type='SegDataPreProcessor',
         order='RGB',
@@ -733,7 +733,7 @@ SCENES_COLOURS = {
 
 
 def digit_scenes(*last: Values) -> Values:
-    """No flip: a mirrored digit is none."""
+    """No flip: a mirrored digit is not a digit."""
     return data(
         folders('data/digit_scenes', 'train', SCENES_COLOURS),
         folders('data/digit_scenes', 'val', SCENES_COLOURS),
@@ -788,7 +788,7 @@ def ratios(*values: float) -> list[Values]:
 
 
 def views(sizes: list[Values], flips: bool = True) -> list[list[Values]]:
-    """Every size, as it is and mirrored."""
+    """Every size, both as it is and mirrored."""
     mirrors = [[dict(FLIP, prob=0.0)], [dict(FLIP, prob=1.0)]] if flips else [[]]
     return [[size, *mirror, LOAD_LABELS, PACK_MAPS] for size in sizes for mirror in mirrors]
 
@@ -807,7 +807,7 @@ def runtime(
     warmup: bool = True,
     cudnn_benchmark: bool = True,
 ) -> Values:
-    """Hooks in the order they run in, the guard against steps of nan among them."""
+    """Hooks in the order they run, including the guard against nan steps."""
     return dict(
         scope=scope,
         custom_imports=dict(imports=['mdeq_mm'], allow_failed_imports=False),
@@ -837,7 +837,7 @@ def runtime(
         load_from=None,
         resume=False,
         cudnn_benchmark=cudnn_benchmark,
-        # OpenCV's own threads would come on top of those of the loaders.
+        # OpenCV's own threads would add to those of the loaders.
         processes=['fork', 1],
         backend='nccl',
     )

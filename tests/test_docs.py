@@ -1,7 +1,7 @@
 """Every command of README.md and docs/: its script, flags, configs and settings exist.
 
-What takes seconds is run as well. Training and the analysis tools have tests of their own, which
-run them on small data.
+Those that take seconds are run as well. Training and the analysis tools have their own tests, on
+small data.
 """
 
 import argparse
@@ -63,7 +63,7 @@ COMMANDS = [
 
 
 class Parsed(Exception):
-    """Raised in place of going on once the command line was understood."""
+    """Raised instead of continuing once the command line has been parsed."""
 
 
 @pytest.fixture
@@ -221,14 +221,14 @@ def test_cheap_command_runs(command, tmp_path):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
-def test_the_picture_of_the_data_flow_is_drawn(tmp_path):
+def test_the_figure_of_the_data_flow_is_drawn(tmp_path):
     script = ROOT / 'docs/images/data_flow.py'
     subprocess.run([sys.executable, str(script), str(tmp_path / 'a.png')], check=True)
     assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links_and_pictures_exist(page):
+def test_links_and_images_exist(page):
     targets = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
     local = [target.split('#')[0] for target in targets if '://' not in target]
     for target in filter(None, local):

@@ -110,13 +110,13 @@ def test_nothing_augments_where_the_page_says_so():
     cfg.merge_from_dict(options_of(name))
     pipeline = cfg.train_dataloader.dataset.pipeline
     assert [step.type for step in pipeline] == ['RandomCrop', 'RandomFlip', 'PackInputs']
-    picture = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    image = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         importlib.import_module('mmpretrain.datasets')
         for step in pipeline[:2]:
             transform = TRANSFORMS.build(step)
             for _ in range(8):
-                assert np.array_equal(transform(dict(img=picture))['img'], picture)
+                assert np.array_equal(transform(dict(img=image))['img'], image)
 
 
 def test_a_command_of_the_page_trains(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_command_of_the_page_trains(tmp_path, monkeypatch):
     pytest.importorskip('mmpretrain')
     *setting, classifier, segmentor = BLOCKS[0].strip().splitlines()
     assert classifier.startswith('python tools/train.py $MMPRETRAIN/')
-    # The shell says what the commands come to; the second of them runs in this process.
+    # The shell expands the commands; the second one runs in this process.
     script = '\n'.join(['set -e', *setting, f'echo {classifier}', f'echo {segmentor}'])
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     out = subprocess.run(

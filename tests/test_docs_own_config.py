@@ -55,7 +55,7 @@ def test_a_shipped_config_takes_the_snippet(page, project, base):
     with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
         model = MODELS.build(cfg.model)
     assert type(model.backbone).__name__ == 'MDEQBackbone'
-    # One evaluation and no look at values, which meta tensors do not have.
+    # One evaluation, and nothing that reads values, which meta tensors do not have.
     implicit = model.eval().backbone.implicit
     implicit.solver = implicit.solver.replace(max_iter=1, tol=0)
     with torch.no_grad(), torch.device('meta'):

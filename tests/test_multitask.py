@@ -122,7 +122,7 @@ def joint_model(**backbone):
 
 
 def joint_samples(shapes, padded=32):
-    """Samples whose pictures have these shapes, padded to a square at the bottom and right."""
+    """Samples whose images have these shapes, padded to a square at the bottom and right."""
     result = []
     for index, (rows, columns) in enumerate(shapes):
         meta = dict(img_shape=(rows, columns), ori_shape=(2 * rows, 2 * columns))
@@ -153,7 +153,7 @@ def test_joint_head_sends_both_losses_through_one_equilibrium(mmseg_scope):
 
 
 def test_joint_head_predicts_what_its_two_heads_do(mmseg_scope):
-    """Maps lose the padding and take the size the picture was read with."""
+    """Maps lose the padding and take the size the image was read with."""
     model = joint_model(solver=SOLVER).eval()
     images = torch.randn(2, 3, 32, 32)
     predicted = model(images, joint_samples([(32, 32), (20, 28)]), mode='predict')

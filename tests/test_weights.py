@@ -125,7 +125,7 @@ def test_make_try_paints_a_right_prediction(tmp_path, monkeypatch, capsys):
 
 def test_a_config_without_weights_wants_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cv2.imwrite('picture.png', np.zeros((16, 16, 3), np.uint8))
+    cv2.imwrite('image.png', np.zeros((16, 16, 3), np.uint8))
     config = str(ROOT / 'configs/mdeq_tiny_cifar10.py')
     with pytest.raises(SystemExit, match='no checkpoint .*mdeq_tiny_cifar10, only.*tiny_digits'):
-        inference.main(['picture.png', config])
+        inference.main(['image.png', config])

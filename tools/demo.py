@@ -57,11 +57,11 @@ def predict(runner: Runner, count: int) -> list[tuple[np.ndarray, np.ndarray, np
     rows = []
     for index in np.linspace(0, len(dataset) - 1, count).astype(int):
         data = pseudo_collate([dataset[index]])
-        picture = data['inputs'][0].flip(0).permute(1, 2, 0).numpy()
+        image = data['inputs'][0].flip(0).permute(1, 2, 0).numpy()
         with torch.no_grad():
             sample = runner.model.val_step(data)[0]
         maps = (sample.gt_sem_seg.data, sample.pred_sem_seg.data)
-        rows.append((picture, *(m.squeeze().cpu().numpy() for m in maps)))
+        rows.append((image, *(m.squeeze().cpu().numpy() for m in maps)))
     return rows
 
 
@@ -70,8 +70,8 @@ def paint(rows: list, classes: tuple, palette: list, path: Path) -> None:
     colours = np.array(palette, dtype=np.uint8)
     figure = Figure(figsize=(6.6, 2.1 * len(rows) + 0.9), layout='constrained')
     axes = figure.subplots(len(rows), 3, squeeze=False)
-    for line, (picture, truth, prediction) in zip(axes, rows, strict=True):
-        shown = (picture, colours[truth], colours[prediction])
+    for line, (image, truth, prediction) in zip(axes, rows, strict=True):
+        shown = (image, colours[truth], colours[prediction])
         for axis, values in zip(line, shown, strict=True):
             axis.imshow(values, interpolation='nearest')
             axis.set_axis_off()

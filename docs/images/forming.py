@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from mdeq_mm.apis import load_config, load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.analysis_tools.inference import predict_by_calls, prepare, read_picture
+from tools.analysis_tools.inference import predict_by_calls, prepare, read_image
 
 SHOWN = (1, 2, 4, 8)
 
@@ -37,7 +37,7 @@ def main() -> None:
     figure = Figure(figsize=(1.7 * columns, 1.7 * len(args.images) + 0.3), layout='constrained')
     rows = figure.subplots(len(args.images), columns, squeeze=False)
     for axes, path in zip(rows, args.images, strict=True):
-        image = read_picture(path)
+        image = read_image(path)
         found = predict_by_calls(model, prepare(cfg, path, image), max(SHOWN))
         axes[0].imshow(image, interpolation='nearest')
         for axis, count in zip(axes[1:], SHOWN, strict=True):

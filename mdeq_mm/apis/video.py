@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate, pseudo_collate
 
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
-PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-# Steps of a test pipeline that read labels, which a picture of one's own does not have.
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+# Steps of a test pipeline that read labels, which an image of one's own does not have.
 LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 
@@ -22,7 +22,7 @@ def is_stream(path: str) -> bool:
 
 
 class Frames:
-    """The frames of a video, or of a folder of pictures in the order of their names.
+    """The frames of a video, or of a folder of images in the order of their names.
 
     Iterating gives arrays (H, W, 3), BGR uint8.
 
@@ -34,7 +34,7 @@ class Frames:
         rate: Frames a second; 25 where the source has none.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder, or no picture in the folder.
+        FileNotFoundError: If there is no such file or folder, or no image in the folder.
         ValueError: If the first frame cannot be read.
     """
 
@@ -43,9 +43,11 @@ class Frames:
         self._files: list[Path] = []
         if Path(path).is_dir():
             names = Path(path).iterdir()
-            self._files = sorted(p for p in names if p.suffix.lower() in PICTURES)
+            self._files = sorted(p for p in names if p.suffix.lower() in IMAGE_SUFFIXES)
             if not self._files:
-                raise FileNotFoundError(f'folder {path} has no pictures ({", ".join(PICTURES)})')
+                raise FileNotFoundError(
+                    f'folder {path} has no images ({", ".join(IMAGE_SUFFIXES)})'
+                )
             self.count = len(self._files)
         elif Path(path).is_file():
             video = cv2.VideoCapture(path)
@@ -57,14 +59,14 @@ class Frames:
         next(iter(self))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return self._pictures() if self._files else self._video()
+        return self._images() if self._files else self._video()
 
-    def _pictures(self) -> Iterator[np.ndarray]:
+    def _images(self) -> Iterator[np.ndarray]:
         for file in self._files:
-            picture = cv2.imread(str(file))
-            if picture is None:
-                raise ValueError(f'{file} is not a picture that can be read')
-            yield picture
+            image = cv2.imread(str(file))
+            if image is None:
+                raise ValueError(f'{file} is not an image that can be read')
+            yield image
 
     def _video(self) -> Iterator[np.ndarray]:
         video = cv2.VideoCapture(self.path)
@@ -136,12 +138,12 @@ class VideoFile:
         self.paths.append(path)
 
 
-def image_batch(cfg: Config, picture: np.ndarray, path: str | None = None) -> dict[str, Any]:
+def image_batch(cfg: Config, image: np.ndarray, path: str | None = None) -> dict[str, Any]:
     """Make the batch of one image that the config's test pipeline would make of its file.
 
     Args:
         cfg: The config.
-        picture: (H, W, 3), RGB uint8.
+        image: (H, W, 3), RGB uint8.
         path: Its file, which a pipeline that loads files reads again; None for a frame of a video.
     """
     steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
@@ -149,9 +151,9 @@ def image_batch(cfg: Config, picture: np.ndarray, path: str | None = None) -> di
         steps = [step for step in steps if step.type != 'LoadImageFromFile']
         # That step gives BGR. Data sets that hold arrays, as CIFAR-10 does, load no file, and the
         # arrays are RGB.
-        picture = picture[..., ::-1]
-    size = picture.shape[:2]
-    img = np.ascontiguousarray(picture)
+        image = image[..., ::-1]
+    size = image.shape[:2]
+    img = np.ascontiguousarray(image)
     sample = dict(img_path=path or '', img=img, img_shape=size, ori_shape=size)
     collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
     return collate([Compose(steps)(sample)])

@@ -168,10 +168,10 @@ def residual_norms_backward(
 def sum_rectify(own, terms, weights, biases, groups, eps, smooth):
     """rectify(own + sum of terms), and the moments of terms with a norm, (2, sum of N * groups)."""
     total, all_stats = rows(own), []
-    for x, weight, bias, g, e in zip(terms, weights, biases, groups, eps):
+    for x, weight, bias, count, e in zip(terms, weights, biases, groups, eps):
         values = rows(x)
-        if g:
-            stats = moments(values, g, e)
+        if count:
+            stats = moments(values, count, e)
             all_stats.append(stats.flatten(1))
             values = affine(centered(values, stats), stats, weight, bias)
         if x.shape[2:] != own.shape[2:]:
@@ -190,18 +190,18 @@ def sum_rectify_backward(grad, y, terms, weights, biases, stats, groups, smooth,
     """Gradients of own, of terms with a norm or another size, and (2, C) of scales and shifts."""
     down = rectify_gradient_of(rows(grad), rows(y), smooth)
     out, affines, start = [maps(down, y)], [], 0
-    for x, weight, g in zip(terms, weights, groups):
+    for x, weight, count in zip(terms, weights, groups):
         own = down
         if x.shape[2:] != y.shape[2:]:
             own = torch.ops.aten.upsample_nearest2d_backward(
                 _wide_map(down, y), y.shape[2:], x.shape
             )
             own = rows(own)
-        elif not g:
+        elif not count:
             continue
-        if g:
-            part = stats[:, start : start + len(x) * g].unflatten(1, (len(x), g))
-            start += len(x) * g
+        if count:
+            part = stats[:, start : start + len(x) * count].unflatten(1, (len(x), count))
+            start += len(x) * count
             own, parameters = norm_gradient(own, centered(rows(x), part), part, weight)
             affines += [parameters] if wanted else []
         out.append(maps(own, x))

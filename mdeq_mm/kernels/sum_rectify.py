@@ -76,7 +76,7 @@ class _SumRectify(torch.autograd.Function):
         ops = backends.operations(kernel)
         y, stats = ops.sum_rectify(own, terms, weights, biases, groups, eps, smooth)
         # A plain term of the sum's size need not be kept: its gradient is that of own.
-        moved = [g > 0 or x.shape[2:] != y.shape[2:] for g, x in zip(groups, terms)]
+        moved = [count > 0 or x.shape[2:] != y.shape[2:] for count, x in zip(groups, terms)]
         kept = [x if m else None for x, m in zip(terms, moved)]
         ctx.save_for_backward(y, stats, *kept, *weights, *biases)
         ctx.options = kernel, groups, eps, smooth
@@ -111,7 +111,7 @@ class _SumRectify(torch.autograd.Function):
         )
         others = iter(others)
         grads = [down if x is None else next(others) for x in terms]
-        pairs = [next(others) if wanted and g > 0 else (None, None) for g in groups]
+        pairs = [next(others) if wanted and count > 0 else (None, None) for count in groups]
         affine = [g for g, _ in pairs] + [g for _, g in pairs]
         affine = [
             g.to(p.dtype) if need else None

@@ -1,7 +1,7 @@
 """A randomized run of user actions and faults, for use before a release.
 
     make soak MINUTES=20 SEED=7                   # python -m tests.soak --minutes 20 --seed 7
-    python -m tests.soak --seed 7 --case 31       # one case of it again
+    python -m tests.soak --seed 7 --case 31       # that case again
 
 A case is a random model, task, precision and solver, on which a random sequence of actions and
 faults happens. All of it follows from the seed and the case's number. After each of them the

@@ -39,7 +39,7 @@ def train(case: Case) -> None:
         if not is_finite(grads):
             half = case.precision == 'fp16 autocast'
             require(half, 'a gradient of finite images is not finite')
-            # It overflows in float16: the step is left out, as a loss scaler does.
+            # It overflows in float16: the step is skipped, as a loss scaler would.
             optimizer.zero_grad()
             skipped.append(True)
 
@@ -110,7 +110,7 @@ def through_a_file(case: Case) -> None:
 
 
 def warm_up(case: Case) -> None:
-    """From unrolled layers to the equilibrium or back, as MDEQWarmupHook does, and a step."""
+    """Switch between unrolled and implicit, as MDEQWarmupHook does, and take a step."""
     layer = case.backbone.implicit
     layer.unrolled_layers = 0 if layer.unrolled_layers else case.rng.randint(1, 4)
     case.backbone.cell.smooth = case.rng.random() < 0.5
@@ -134,7 +134,7 @@ def freeze(case: Case) -> None:
 
 
 def two_live_forwards(case: Case) -> None:
-    """Gradients of two forwards, backward in the other order, are those of each alone."""
+    """Gradients of two forwards, run backward in reverse order, are those of each alone."""
     images = (case.images, torch.randn_like(case.images))
     parameters = list(case.backbone.parameters())
     case.backbone.train()
@@ -154,7 +154,7 @@ def two_live_forwards(case: Case) -> None:
 
 
 def threads(case: Case) -> None:
-    """Threads that predict at once with one model get what each gets alone."""
+    """Threads that predict at the same time with one model get what each gets alone."""
     images = [torch.randn_like(case.images) for _ in range(4)]
     wanted = [case.features(x) for x in images]
     with ThreadPoolExecutor(3) as pool:

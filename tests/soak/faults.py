@@ -81,9 +81,9 @@ def bad_image(value: float | str) -> Callable[[Case], None]:
 
 
 def skipped_step(case: Case, images: Tensor, broken: bool) -> None:
-    """Training on a bad batch: gradients finite, or seen not to be, so that the step is left out.
+    """Training on a bad batch: gradients are finite, or seen not to be and the step is skipped.
 
-    Leaving out includes the running statistics of batch norms.
+    Skipping includes the running statistics of batch norms.
     """
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
     case.model.train()
@@ -202,10 +202,10 @@ class Broken(Exception):
 def counted(
     cell: nn.Module, in_backward: bool, raises: type[BaseException] = Broken, at: int = 0
 ) -> Iterator[list]:
-    """Count calls of f, or vector-Jacobian products, and raise at one of them.
+    """Count calls of f, or vector-Jacobian products, and raise an error at one of them.
 
     Yields:
-        A list that grows by one with each.
+        A list that grows by one at each.
     """
     seen = []
 
@@ -230,7 +230,7 @@ def counted(
 
 
 def interrupted(raises: type, in_backward: bool) -> Callable[[Case], None]:
-    """An exception out of some call of f, or some product of the backward pass."""
+    """An exception in some call of f, or in some product of the backward pass."""
 
     def fault(case: Case) -> None:
         seed = case.rng.getrandbits(32)
@@ -363,7 +363,7 @@ CHANGES_WEIGHTS = ('weights x 100', 'constant f', 'one evaluation')
 
 
 def inject(case: Case, name: str) -> None:
-    """A fault, after which the model trains on as if nothing had happened.
+    """A fault after which the model continues to train as if nothing had happened.
 
     Weights are what they were, and the next training step has, bit for bit, the loss and the
     gradients that it has on a copy that never saw the fault.
@@ -375,7 +375,7 @@ def inject(case: Case, name: str) -> None:
     if name not in CHANGES_WEIGHTS:
         got = [p.detach() for p in case.model.parameters()]
         require_equal(got, [before[k] for k, _ in case.model.named_parameters()], 'weights')
-    # What a broken-off forward did to the statistics of batch norms is undone with the step.
+    # What an interrupted forward did to the statistics of batch norms is undone with the step.
     case.model.load_state_dict(before)
     case.optimizer.zero_grad()
     require_equal(case.gradients(seed), wanted, 'the step after the fault')

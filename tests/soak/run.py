@@ -107,13 +107,13 @@ def run_case(report: Report, index: int, folder: Path) -> None:
         case = Case(report.seed, index, folder)
         case.check()
         alive = live_tensors(case)
-        # Nor does a case leave anything to the next.
+        # Nor does a case leave anything behind for the next.
         report.alive = alive if report.alive is None else report.alive
         require(alive == report.alive, f'{alive - report.alive} more tensors alive at the start')
         for _ in range(case.rng.randint(3, 6)):
             faulty = case.rng.random() < 0.5
             what = case.rng.choice(list(FAULTS if faulty else ACTIONS))
-            # Draws of torch do not depend on how many the step before took.
+            # torch's draws do not depend on how many the previous step took.
             torch.manual_seed(case.rng.getrandbits(32))
             (report.faults if faulty else report.actions)[what] += 1
             inject(case, what) if faulty else ACTIONS[what](case)
@@ -146,9 +146,9 @@ def soak(
     init_default_scope('mmseg')
     logger = MMLogger.get_current_instance()
     level = logger.level
-    # Initialization tells of each weight.
+    # Initialization logs a line for each weight.
     logger.setLevel('ERROR')
-    # What lives now is not looked through after each action.
+    # What is alive now is not searched after each action.
     gc.collect()
     gc.freeze()
     try:

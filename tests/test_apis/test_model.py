@@ -43,7 +43,7 @@ def test_a_budget_holds_in_the_block_and_the_model_is_as_before(solver):
     before = dict(vars(net.implicit))
     for count in (1, 2, 20):
         with evaluations_allowed(net.implicit, count):
-            # The iterate of smallest residual is that of the last evaluation but one.
+            # The iterate of smallest residual is that of the second to last evaluation.
             torch.testing.assert_close(net(X), after(count), atol=0, rtol=0)
             assert net.implicit.forward_stats.num_iter.tolist() == [count, count]
         assert vars(net.implicit) == before

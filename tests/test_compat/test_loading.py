@@ -25,7 +25,7 @@ class _Payload:
 
 
 class _Named:
-    """An object that does no harm; a checkpoint still must not bring it."""
+    """A harmless object that a checkpoint must nevertheless not contain."""
 
 
 class _ReadsAttribute:
@@ -70,7 +70,7 @@ def test_getattr_reaches_methods_of_the_history_only(tmp_path, arguments):
 
 
 def test_forced_safe_loading_closes_mmengines_fallback(tmp_path, monkeypatch):
-    # Set and restored by monkeypatch, so that the other tests do not feel it.
+    # Set and restored by monkeypatch, so that other tests are not affected.
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
     touched, path = tmp_path / 'touched', str(tmp_path / 'hostile.pth')
     torch.save(dict(state_dict={}, meta=_Payload(touched)), path)
@@ -93,7 +93,7 @@ class _Net(BaseModel):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A file that mmengine's Runner saved after training, with all it puts in."""
+    """A file that mmengine's Runner saved after training, with everything it stores."""
     runner = Runner(
         model=_Net(),
         work_dir=str(tmp_path),
@@ -156,7 +156,7 @@ def test_pickles_of_numpy_1_and_2_are_read(tmp_path, core):
 
 @pytest.mark.parametrize('kind', ['O', 'V8', 'M8[s]', 'S3', 'U3'])
 def test_arrays_hold_numbers_and_booleans_only(tmp_path, kind):
-    """An object array is a pickle of anything; the others nobody needs."""
+    """An object array can pickle anything, and nobody needs the other dtypes."""
     path = str(tmp_path / 'array.pth')
     torch.save(dict(state_dict={}, meta=np.zeros(2, dtype=kind)), path)
     with pytest.raises(compat.UnsafeCheckpointError, match=r'names numpy\.dtypes\.\w+DType,'):

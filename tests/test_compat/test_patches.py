@@ -21,7 +21,7 @@ def test_configs_inherit_from_other_projects(python_without, tmp_path):
         "cfg = Config.fromfile('mine.py')\n"
         'print(cfg.dataset_type, cfg.default_scope)'
     )
-    # Newer setuptools has no pkg_resources, which upstream's mmengine would ask.
+    # Newer setuptools has no pkg_resources, which upstream's mmengine imports.
     done = python_without('pkg_resources', '-c', code)
     assert done.stdout.split() == ['CityscapesDataset', 'mmpretrain'], done.stderr
 

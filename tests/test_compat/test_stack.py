@@ -211,7 +211,7 @@ def test_a_user_of_a_broken_environment_is_sent_to_the_check(python_without, mod
 
 
 def test_a_module_that_is_there_and_broken_is_named(python_without, tmp_path):
-    # Found, so that the stack looks whole, and wrong inside.
+    # Found, so that the stack looks complete, but broken inside.
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv/__init__.py').write_text("raise ImportError('libmade_up.so: not found')\n")
     done = python_without('', '-m', 'mdeq_mm.check')

@@ -67,7 +67,7 @@ FORMS = dict(
 every_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 
 
-def picture(dtype=torch.float32):
+def image(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 3, 5, 4, generator=generator).to(dtype)
 
@@ -138,7 +138,7 @@ def test_parts_of_different_dtypes_keep_theirs():
 
 @every_pair
 def test_training_and_evaluation_return_f_of_the_same_point(solver, gradient):
-    net, x = Net().double(), picture(torch.float64)
+    net, x = Net().double(), image(torch.float64)
     layer = layer_of(solver, gradient, max_iter=7, tol=0)
     trained = layer(partial(net, x=x), torch.zeros_like(x))
     evaluated = layer.eval()(partial(net, x=x), torch.zeros_like(x))
@@ -149,7 +149,7 @@ def test_training_and_evaluation_return_f_of_the_same_point(solver, gradient):
 
 @every_form
 def test_phantom_gradient_calls_f_once_after_the_solve_in_evaluation(form):
-    calls, net, x = [], Net(), picture()
+    calls, net, x = [], Net(), image()
     net.conv.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     layer = ImplicitLayer(FixedPointIteration(max_iter=6, tol=0), PhantomGradient(steps=4))
     layer(form(net, x), torch.zeros_like(x))
@@ -170,7 +170,7 @@ def test_phantom_gradient_calls_f_once_after_the_solve_in_evaluation(form):
 @every_pair
 @every_form
 def test_own_f_under_bfloat16_autocast(solver, gradient, form):
-    net, x, seen = Net(), picture(), []
+    net, x, seen = Net(), image(), []
     net.conv.register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
     layer = layer_of(solver, gradient, max_iter=12)
     grads, values = [], []
@@ -190,7 +190,7 @@ def test_own_f_under_bfloat16_autocast(solver, gradient, form):
 @every_solver
 @every_form
 def test_backward_inside_the_autocast_context(kind, form):
-    net, x = Net(), picture()
+    net, x = Net(), image()
     solver = kind(max_iter=12, tol=1e-5)
     layer = ImplicitLayer(solver, ImplicitGradient(solver))
     parameters = list(net.parameters())
@@ -206,7 +206,7 @@ def test_backward_inside_the_autocast_context(kind, form):
 @every_pair
 @every_form
 def test_own_f_in_half_precision(solver, gradient, form, dtype, training):
-    exact, half, x = Net(), Net().to(dtype), picture()
+    exact, half, x = Net(), Net().to(dtype), image()
     layer = layer_of(solver, gradient, max_iter=12).train(training)
     z = layer(form(half, x.to(dtype)), torch.zeros_like(x, dtype=dtype))
     wanted = layer(form(exact, x), torch.zeros_like(x))
@@ -237,7 +237,7 @@ def test_half_precision_is_solved_in_float32(kind):
 
 
 class FlatNet(nn.Module):
-    """f(z) = tanh(W z + x) on (N, 6): such a state reaches the solver, and returns, as it is."""
+    """f(z) = tanh(W z + x) on (N, 6): a state that needs no reshaping."""
 
     def __init__(self):
         super().__init__()
@@ -249,8 +249,8 @@ class FlatNet(nn.Module):
 
 
 NETS = dict(
-    maps=lambda: (Net().double(), picture(torch.float64)),
-    flat=lambda: (FlatNet(), picture(torch.float64).view(20, 6)),
+    maps=lambda: (Net().double(), image(torch.float64)),
+    flat=lambda: (FlatNet(), image(torch.float64).view(20, 6)),
 )
 every_net = pytest.mark.parametrize('make', NETS.values(), ids=NETS)
 
@@ -269,7 +269,7 @@ def test_derivative_by_the_returned_tensor_is_the_loss_s(solver, gradient, form,
 @every_form
 @every_net
 def test_vector_jacobian_product_at_the_returned_tensor(solver, gradient, form, make):
-    """With a graph on it, as a penalty on the Jacobian by hand takes it."""
+    """With a graph, as a hand-written penalty on the Jacobian needs it."""
     net, x = make()
     v = x.flip(0) + 1
     z = layer_of(solver, gradient)(form(net, x), torch.zeros_like(x))
@@ -284,7 +284,7 @@ def test_vector_jacobian_product_at_the_returned_tensor(solver, gradient, form, 
 @every_form
 @every_net
 def test_penalty_on_the_jacobian_by_hand_has_the_gradient_of_the_unrolled_net(kind, form, make):
-    """d/dw |J(z*(w), w)'v|^2, by the weights directly and by way of z*."""
+    """d/dw |J(z*(w), w)'v|^2, both directly and through z*."""
     net, x = make()
     v = x.flip(0) + 1
     solver = kind(max_iter=200, tol=1e-13)
@@ -312,7 +312,7 @@ def test_derivative_by_one_of_several_returned_tensors():
 @pytest.mark.parametrize('gradient', ['implicit', 'truncated', 'shared_inverse'])
 @every_form
 def test_second_derivatives_by_the_hook_name_what_has_them(gradient, form):
-    net, x = Net().double(), picture(torch.float64)
+    net, x = Net().double(), image(torch.float64)
     z = layer_of('broyden', gradient)(form(net, x), torch.zeros_like(x))
     with pytest.raises(NotImplementedError, match='PhantomGradient.*unrolled_layers'):
         torch.autograd.grad(weighted(z), net.conv.weight, create_graph=True)
@@ -499,8 +499,8 @@ IN_PLACE = dict(
 @pytest.mark.parametrize('gradient', GRADIENTS)
 @pytest.mark.parametrize('several', [False, True])
 def test_the_result_may_be_changed_in_place(change, gradient, several):
-    """f is linear, so that torch itself would miss nothing that the change overwrites."""
-    x = picture(torch.float64).requires_grad_()
+    """f is linear, so torch saves nothing that the change would overwrite and raises no error."""
+    x = image(torch.float64).requires_grad_()
     layer = layer_of('broyden', gradient)
 
     def result():
@@ -524,8 +524,8 @@ def test_the_result_shares_no_memory_with_what_f_returned():
 
 
 def test_in_inference_mode_an_f_that_works_in_place_harms_nobody():
-    """torch counts no changes there, so it cannot be refused as elsewhere."""
-    x = picture(torch.float64)
+    """torch does not count changes there, so it cannot be refused as it is elsewhere."""
+    x = image(torch.float64)
     with torch.inference_mode():
         got = EXACT(lambda z: 0.4 * torch.relu_(z).flip(-1) + x, torch.zeros_like(x))
     wanted = EXACT(lambda z: 0.4 * torch.relu(z).flip(-1) + x, torch.zeros_like(x))
@@ -535,8 +535,8 @@ def test_in_inference_mode_an_f_that_works_in_place_harms_nobody():
 @pytest.mark.parametrize('gradient', GRADIENTS)
 @pytest.mark.parametrize('unrolled_layers', [0, 2])
 def test_a_start_made_in_inference_mode(gradient, unrolled_layers):
-    """It is the solution already, so that z* is the very tensor, which autograd would refuse."""
-    conv, x = Net().double().conv, picture(torch.float64)
+    """It solves the equation already, so z* is that tensor itself, which autograd refuses."""
+    conv, x = Net().double().conv, image(torch.float64)
     layer = layer_of('anderson', gradient)
 
     def f(z):
@@ -555,7 +555,7 @@ def test_a_start_made_in_inference_mode(gradient, unrolled_layers):
 
 @pytest.mark.parametrize('gradient', GRADIENTS)
 def test_a_previous_start_remembered_in_inference_mode(gradient):
-    net, x = Net().double(), picture(torch.float64)
+    net, x = Net().double(), image(torch.float64)
     layer = layer_of('broyden', gradient)
     layer = ImplicitLayer(layer.solver, layer.gradient, start=PreviousStart()).eval()
     with torch.inference_mode():
@@ -576,7 +576,7 @@ TRANSFORMS = dict(
 @pytest.mark.parametrize('transform', TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize('gradient', GRADIENTS)
 def test_transforms_of_functions_are_refused_but_through_unrolled_layers(transform, gradient):
-    x, layer = picture(torch.float64), layer_of('broyden', gradient)
+    x, layer = image(torch.float64), layer_of('broyden', gradient)
 
     def f(x):
         return layer(lambda z: torch.tanh(0.5 * z + x), torch.zeros(x.shape, dtype=x.dtype))
@@ -590,7 +590,7 @@ def test_transforms_of_functions_are_refused_but_through_unrolled_layers(transfo
 
 
 class Untangent(Products):
-    """Sees values alone."""
+    """Sees values only."""
 
     def residual(self, fz, z, g):
         return super().residual(torch.autograd.forward_ad.unpack_dual(fz).primal, z, g)
@@ -599,11 +599,11 @@ class Untangent(Products):
 @pytest.mark.parametrize('gradient', GRADIENTS)
 @pytest.mark.parametrize('products', [None, Untangent()], ids=['torch', 'faster'])
 def test_forward_mode_does_not_take_the_equilibrium_for_a_constant(gradient, products, monkeypatch):
-    """Operations that carry no derivative, as those in C++, would drop it without an error."""
+    """Operations without a derivative, like those in C++, would drop it without an error."""
     monkeypatch.setattr('mdeq_mm.deq.solvers.products._FASTER', {})
     if products is not None:
         register_products('cpu', products)
-    x, layer = picture(torch.float64), layer_of('broyden', gradient)
+    x, layer = image(torch.float64), layer_of('broyden', gradient)
     v, forward_ad = x.flip(0), torch.autograd.forward_ad
 
     def derivative():

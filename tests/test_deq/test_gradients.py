@@ -113,7 +113,7 @@ def test_damping_tames_a_series_whose_terms_grow():
 
 
 def test_shared_inverse_is_exact_in_one_dimension():
-    """One pair tells Broyden all of the Jacobian of a scalar affine f."""
+    """One pair gives Broyden the whole Jacobian of a scalar affine f."""
     w = torch.tensor([[0.6]], dtype=torch.float64, requires_grad=True)
     x = torch.tensor([[1.0], [-2.0]], dtype=torch.float64, requires_grad=True)
     v = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_every_gradient_returns_the_equilibrium(parts, gradient):
 
 
 def test_two_forwards_then_two_backwards(parts):
-    """Each forward keeps its own hook and equilibrium, in either order of the backwards."""
+    """Each forward keeps its own hook and equilibrium, whichever backward comes first."""
     w, x, v = parts
     layer = build_implicit(TIGHT, EXACT)
     inputs = [x, 2 * x.detach() + 1]
@@ -254,7 +254,7 @@ def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
     layer = build_implicit(TIGHT, EXACT)
 
     class Witness:
-        """Lives as long as the function of one forward does."""
+        """Lives exactly as long as the function of one forward pass."""
 
     def forward():
         witness = Witness()
@@ -314,7 +314,7 @@ def test_nan_in_the_learnt_inverse_falls_back_sample_by_sample(parts):
 
 @pytest.mark.parametrize('graph_before', [False, True])
 def test_autocast_keeps_no_weight_of_a_solve_for_the_call_with_a_graph(graph_before):
-    """A weight that was cast without grad would cut its parameter off."""
+    """A weight that was cast without grad would cut its parameter off from the gradient."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(6, 6), torch.randn(4, 6)
     layer = ImplicitLayer(FixedPointIteration(max_iter=20, tol=0), JacobianFreeGradient())

@@ -76,12 +76,12 @@ SEEN_FORMS = {name: form for name, form in FORMS.items() if name != 'closure'}
 
 
 def compiled(net):
-    """By dynamo alone, which keeps the arithmetic."""
+    """By dynamo only, which keeps the arithmetic."""
     return torch.compile(net, backend='eager')
 
 
 CHANGING = 'f is not the same function at each call'
-# Of none of the others may it be said.
+# No other test may cause that warning.
 pytestmark = pytest.mark.filterwarnings(f'error:{CHANGING}')
 
 
@@ -92,7 +92,7 @@ def make_map(*args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def float64():
-    """In float64, so that only errors are seen and not rounding."""
+    """In float64, where a difference is an error and not rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -103,7 +103,7 @@ def loss_of(z):
 
 
 def gradients(layer, net, form=FORMS['module'], context=nullcontext):
-    """By name; a parameter that gets none is left out."""
+    """Gradients by name, without the parameters that have none."""
     net.zero_grad()
     with context():
         loss_of(layer(form(net), torch.zeros_like(net.x))).backward()
@@ -119,7 +119,7 @@ def unrolled_gradients(net, steps=60):
 
 
 class Holder(nn.Module):
-    """Calls a net that it does not own, so that the net is not among its modules."""
+    """Calls a net that is not among its modules."""
 
     def __init__(self, net):
         super().__init__()
@@ -252,10 +252,10 @@ def test_spectral_norm_makes_one_power_iteration_a_forward_pass(norm, form):
     twin = copy.deepcopy(net)
     z = (layer := LAYERS['implicit']())(form(net), torch.zeros_like(net.x))
     assert layer.forward_stats.residual.max() <= 1e-13
-    # In evaluation mode the norm stays what it was last.
+    # Evaluation mode keeps the last norm.
     net.eval()
     torch.testing.assert_close(z, net(z), atol=1e-12, rtol=0)
-    # The one iteration, and the gradient with the weight that it gave.
+    # One iteration, and the gradient with the weight that it gave.
     twin(z)
     for got, wanted in zip(net.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -276,12 +276,12 @@ CHANGING_FUNCTIONS = dict(
 @pytest.mark.parametrize('change', CHANGING_FUNCTIONS)
 @pytest.mark.parametrize('graph', [True, False])
 def test_an_f_that_changes_from_call_to_call_is_named_once(change, graph):
-    """The residual that was reported is not that of the value."""
+    """The reported residual is not that of the returned value."""
     normed = parametrizations.spectral_norm if change == 'spectral_norm' else lambda linear: linear
     net = make_map(lambda size: normed(nn.Linear(size, size)))
     if change == 'spectral_norm':
-        # New weights, of which its vectors know nothing yet; few evaluations, for with many of
-        # them the power iteration comes to rest.
+        # New weights, which its vectors do not fit yet, and few evaluations: with many the power
+        # iteration converges.
         net.linear.parametrizations.weight.original.data.normal_()
     solver = LimitedMemoryBroyden(max_iter=6)
     f, layer = CHANGING_FUNCTIONS[change](net), ImplicitLayer(solver, ImplicitGradient(solver))
@@ -291,7 +291,7 @@ def test_an_f_that_changes_from_call_to_call_is_named_once(change, graph):
             layer(f, torch.zeros_like(net.x))
         (warning,) = [w for w in caught if CHANGING in str(w.message)]
         assert 'Give f as a module' in str(warning.message)
-        # In evaluation mode these do not change, but for the noise.
+        # In evaluation mode only the noise still changes.
         caught.clear()
         net.eval()
         layer.eval()(f.eval() if change == 'dropout' else f, torch.zeros_like(net.x))

@@ -472,7 +472,7 @@ def test_what_counts_as_solved_exploded_and_broken():
     assert [Status(code).name for code in record.status.tolist()] == names
     assert record.active.tolist() == [name == 'EXHAUSTED' for name in names]
     assert outcome.num_active == 4
-    # Ended samples count no more evaluations, repeat their residual and cannot improve.
+    # Samples that have ended count no more evaluations, repeat their residual and cannot improve.
     outcome = record.update(torch.full((7,), 0.1), torch.ones(7))
     assert record.num_iter.tolist() == [3 if name == 'EXHAUSTED' else 2 for name in names]
     assert record.trace[2][0] == 0.5 and record.trace[2][2] == record.trace[1][2]
@@ -492,7 +492,7 @@ def test_check_every_looks_at_every_so_many_evaluations():
 
 
 def test_the_linear_solve_of_an_export_pivots(monkeypatch):
-    """Without a choice of rows the first of these divides by zero, the second by rounding."""
+    """Without pivoting the first divides by zero and the second by a rounding error."""
     matrix = torch.tensor(
         [
             [[0.0, 2, 1], [1, 0, 3], [4, 1, 0]],

@@ -44,7 +44,7 @@ def backbone(device: str, dtype: torch.dtype = torch.float32, **options) -> nn.M
 
 
 def loss_of(maps) -> Tensor:
-    """A scalar to which each value of the maps counts differently."""
+    """A scalar in which each value of the maps has another weight."""
     weights = (
         torch.linspace(-1, 1, z.numel(), dtype=torch.float64).view(z.shape).to(z.device)
         for z in maps
@@ -53,7 +53,7 @@ def loss_of(maps) -> Tensor:
 
 
 def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of the net's parameters, by name."""
+    """Gradients of the net's parameters, by name."""
     net.zero_grad()
     loss_of(net(x)).backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -83,7 +83,7 @@ def small_config(name: str) -> Config:
 
 
 def built(cfg: Config, sync: bool = False) -> nn.Module:
-    """The model of a config, initialized; with SyncBN in it only where that is asked for."""
+    """The model of a config, initialized, with SyncBN only if asked for."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(copy.deepcopy(cfg.model))

@@ -28,7 +28,7 @@ def seed():
 
 @pytest.fixture
 def programs():
-    """What torch.compile made is forgotten before and after."""
+    """Forget what torch.compile made, before and after."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -16,9 +16,9 @@ KINDS = (FixedPointIteration, Anderson, LimitedMemoryBroyden)
 
 
 def peak(net, x):
-    """Most memory of a training step over what the net takes, in bytes."""
+    """Peak memory of a training step beyond what the net takes, in bytes."""
     for _ in range(2):
-        # The second one finds what the first has built once.
+        # The second step reuses what the first one built.
         net.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -74,7 +74,7 @@ def test_waiting_would_be_seen():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_a_solve_of_a_fixed_budget_never_waits(kind, dtype):
     z = torch.zeros(3, 500, device='cuda', dtype=dtype)
-    # Libraries are loaded by the first call of theirs.
+    # Libraries are loaded at their first call.
     wanted = solve(slowly, z, kind(max_iter=9, tol=0))
     with no_waiting():
         found = solve(slowly, z, kind(max_iter=9, tol=0))

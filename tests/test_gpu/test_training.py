@@ -34,7 +34,7 @@ def segmentation():
     from mmseg.structures import SegDataSample
 
     cfg = small_config('mdeq_small_cityscapes')
-    # On two devices alike.
+    # The same on both devices.
     cfg.model.backbone.drop_rate = 0
     cfg.model.decode_head.update(in_channels=cfg.model.backbone.channels, channels=16)
     cfg.model.data_preprocessor.size = (ROWS, COLUMNS)
@@ -200,7 +200,7 @@ def test_a_checkpoint_goes_to_a_device_and_back_unchanged(device, tmp_path):
 
 
 def test_an_optimizer_goes_on_on_another_device(device, tmp_path):
-    """Adam's moments are of the weights they came with."""
+    """Adam's moments belong to the weights they came with."""
 
     def step(net, optimizer, x):
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ def test_a_solve_in_float64_is_that_of_the_cpu(kind, tol, device):
     for name in ('num_iter', 'status'):
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
     assert_near([there.z], [here.z], 1e-10)
-    # Near the end a residual is rounding alone.
+    # Near the end a residual is only rounding.
     torch.testing.assert_close(there.trace.cpu(), here.trace, rtol=1e-4, atol=1e-12)
     assert there.z.device.type == torch.device(device).type
 

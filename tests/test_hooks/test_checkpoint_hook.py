@@ -66,7 +66,7 @@ def checkpoints(folder):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Give a function that lets the disk be full at the n-th time a file is written."""
+    """Give a function that makes the disk full at the n-th write of a file."""
     whole = LocalBackend.put
 
     def fill(name, times=1):
@@ -136,7 +136,7 @@ def test_a_backend_of_the_users_own_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Else a power cut after the rename leaves an empty file under the name."""
+    """Otherwise a power cut after the rename leaves an empty file under the name."""
     path, events, sync, rename = tmp_path / 'a.pth', [], os.fsync, os.replace
 
     def fsync(descriptor):

@@ -16,7 +16,7 @@ import mdeq_mm  # noqa: F401
 
 
 def draw():
-    """A number of each generator."""
+    """One number from each generator."""
     return [random.random(), float(np.random.rand()), float(torch.rand(1))]
 
 

@@ -184,7 +184,7 @@ def mapped(case: Case, change) -> Case:
 
 
 def tensors(case: Case) -> list[Tensor]:
-    """All tensors of the case, in order, but for the mask, which gets no gradient."""
+    """All tensors of the case, in order, except the mask, which gets no gradient."""
     found = []
     mapped(case, lambda t: found.append(t) or t)
     return [t for t in found if t is not getattr(case, 'mask', None)]

@@ -113,7 +113,7 @@ def test_a_subclass_of_the_norm_is_called(kernel):
 
 
 def test_under_autocast_f_is_that_of_bfloat16(kernel):
-    """Both lie as far from f in float32 as bfloat16 rounds."""
+    """Both differ from f in float32 by no more than rounding to bfloat16."""
     cell, native = twins(kernel, (8, 16), dtype=torch.float32)
     states = maps((8, 16), (9, 7), dtype=torch.float32)
     x = torch.randn_like(states[0])

@@ -1,4 +1,4 @@
-"""Each operation is what it is by definition, whatever computes it."""
+"""Each operation agrees with its definition, whatever computes it."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_lower_precision_is_the_same_within_its_rounding(kernel, kind, options, 
     expected = results(exact, lambda c: c.defined(), weights)
     assert got[0].dtype == dtype
     for a, b in zip(got, expected, strict=True):
-        # A value near a kink may fall on its other side: few do, so the norm tells.
+        # Values near a kink may land on either side of it; few do, so the norm is compared.
         error = (a.double() - b).norm() / b.norm()
         assert error < tolerance * (1 if a is got[0] else 3)
 
@@ -134,7 +134,7 @@ def test_a_sum_without_terms_is_its_rectifier(kernel):
 
 @pytest.mark.parametrize('mean', [0.0, 1e3, 3e4])
 def test_no_digits_are_lost_to_a_large_mean(kernel, mean):
-    """E[x^2] - E[x]^2 in float32 would have none left at 3e4."""
+    """E[x^2] - E[x]^2 in float32 would have no correct digit left at 3e4."""
     x = torch.randn(2, 8, 30, 30) + mean
     got = norm_relu(x, Norm(4), relu=False, kernel=kernel)
     expected = norm_relu(x.double(), Norm(4), relu=False, kernel='native')

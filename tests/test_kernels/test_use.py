@@ -111,7 +111,7 @@ def test_nothing_is_kept_but_inputs_result_and_moments(cpp, kind):
 
 
 def test_a_backward_pass_computes_the_gradients_it_is_asked_for(cpp, monkeypatch):
-    """The adjoint solver wants that of the map alone, and not the weight's."""
+    """The adjoint solver needs the gradient of the map only, not that of the weight."""
     case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
     y, computed = case.computed(cpp), []
     module = importlib.import_module('mdeq_mm.kernels.norm_relu_conv')
@@ -134,7 +134,7 @@ def test_a_backward_pass_computes_the_gradients_it_is_asked_for(cpp, monkeypatch
 
 
 def test_the_gradient_of_one_pass_is_not_that_of_another(cpp):
-    """A pass that does not ask for the weight's leaves nothing to one that does."""
+    """A pass without the weight's gradient leaves nothing behind for one that needs it."""
     case = differentiable(NormReluConv.random(2, 4, 5, 5, 2))
     y = case.computed(cpp)
     first, second = torch.randn_like(y), torch.randn_like(y)
@@ -249,7 +249,7 @@ def test_every_formula_through_the_compiler_of_torch():
 
 
 def test_formulas_are_programs_of_their_own(monkeypatch):
-    """One for each kind of call, whatever sizes follow: torch gives up where it makes too many."""
+    """One graph per kind of call, whatever sizes follow: torch gives up after a number of them."""
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f: compile_(f, backend='eager', fullgraph=True))
@@ -263,7 +263,7 @@ def test_formulas_are_programs_of_their_own(monkeypatch):
                 x = torch.randn(n, 12 * groups, 5, n)
                 y = norm_relu(x, norm, kernel='compiled')
                 torch.testing.assert_close(y, norm_relu(x, norm, kernel='native'))
-    # The second size of a kind makes one for all sizes.
+    # The second size of a kind compiles one graph for all sizes.
     assert made['unique_graphs'] - before == 3 * 2
     torch._dynamo.reset()
 
@@ -347,7 +347,7 @@ def test_tensors_without_values(kernel, device):
 
 
 def test_transforms_of_functions(kernel):
-    """Forward-mode derivatives and torch.func, which want rules that torch's operators have."""
+    """Forward-mode derivatives and torch.func need rules, which only torch's operators have."""
     x, v = maps(2, 4, 5, 5), maps(2, 4, 5, 5)
     weight = torch.rand(4, dtype=torch.float64)
 

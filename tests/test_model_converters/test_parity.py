@@ -197,7 +197,7 @@ def test_digits_accuracy_in_single_precision(solver):
 
 
 def digits_gradient(gradient, solver):
-    """Gradient of f's weights on eight pictures, as one vector."""
+    """Gradient of f's weights on eight images, as one vector."""
     images, labels = digits_test_rows()
     model = digits_model(solver).double()
     if gradient is not None:

@@ -126,15 +126,15 @@ def test_losses_reach_every_scale_and_boxes_come_out(mmdet):
 
 
 def write_coco(root, splits):
-    """Miniature COCO: grey pictures with one bright box each."""
+    """Miniature COCO: grey images with one bright box each."""
     (root / 'annotations').mkdir(parents=True)
     for split, count in splits.items():
         (root / split).mkdir()
         images, boxes = [], []
         for i in range(count):
-            picture = np.full((64, 80, 3), 60, np.uint8)
-            picture[10:50, 8 * i + 4 : 8 * i + 44] = 220
-            cv2.imwrite(str(root / split / f'{i}.png'), picture)
+            image = np.full((64, 80, 3), 60, np.uint8)
+            image[10:50, 8 * i + 4 : 8 * i + 44] = 220
+            cv2.imwrite(str(root / split / f'{i}.png'), image)
             images.append(dict(id=i, file_name=f'{i}.png', width=80, height=64))
             box = [8 * i + 4, 10, 40, 40]
             boxes.append(dict(id=i, image_id=i, category_id=1, bbox=box, area=1600, iscrowd=0))

@@ -29,7 +29,7 @@ def built(path):
     solver = dict(type='LimitedMemoryBroyden', max_iter=2, tol=0)
     model.backbone.solver = solver
     model.backbone.gradient = dict(type='ImplicitGradient', solver=solver)
-    # Its draw, and the penalty's backward pass, want values.
+    # Its draw, and the penalty's backward pass, need values.
     model.backbone.regularizer = None
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return revert_sync_batchnorm(MODELS.build(model))

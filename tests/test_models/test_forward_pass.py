@@ -36,7 +36,7 @@ every_solver = pytest.mark.parametrize('kind', SOLVERS)
 
 
 def make(kind='Anderson', max_iter=40, tol=1e-10, **options):
-    """In float64: only an error is seen, and no rounding."""
+    """In float64, where a difference is an error and not rounding."""
     options = dict(stem_norm_cfg=dict(type='GN', num_groups=4), **options)
     return contracting(tiny_backbone(kind, max_iter, tol, **options)).double()
 
@@ -64,7 +64,7 @@ def loss_of(outs):
 
 
 def gradients(net, x=None, context=nullcontext, seed=0):
-    """By name; a parameter that gets none is left out."""
+    """Gradients by name, without the parameters that have none."""
     net.zero_grad()
     torch.manual_seed(seed)
     with context():
@@ -179,7 +179,7 @@ class DropoutNet(nn.Module):
 
 
 def compiled(f):
-    """By dynamo alone, which keeps the arithmetic."""
+    """By dynamo only, which keeps the arithmetic."""
     return torch.compile(f, backend='eager')
 
 
@@ -207,7 +207,7 @@ DROPOUT_NETS = dict(
 
 @pytest.mark.parametrize('build', DROPOUT_NETS.values(), ids=DROPOUT_NETS)
 def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
-    """Dropout modules alone in training mode, as an estimate of uncertainty by sampling has it."""
+    """Only the dropout is in training mode, as for Monte Carlo estimates of uncertainty."""
     torch.manual_seed(0)
     net, masks, samples, seen = build().eval(), [], [], []
     assert torch.equal(predict(net)[0], predict(net)[0])
@@ -219,7 +219,7 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
     for _ in range(4):
         masks.clear()
         samples.append(predict(net)[0])
-        # One for all evaluations of f, so that there is an equilibrium to find.
+        # One mask for all evaluations of f, so that there is an equilibrium to find.
         dropped = [mask.nan_to_num(0).amax(2) > 0.5 for mask in masks]
         assert len(dropped) > 2 and all(torch.equal(d, dropped[1]) for d in dropped[1:])
         assert net.implicit.forward_stats.summary()['converged'] == 1
@@ -255,7 +255,7 @@ def test_spectral_norm_in_an_own_cell_is_one_norm_a_forward_pass(hooks, gradient
     net = own_cell(cell, channels=(8,), max_iter=80, tol=1e-12, gradient=gradient)
     (z,) = net.train()(image())
     assert net.implicit.forward_stats.residual.max() <= 1e-12
-    # In evaluation mode the norm stays what it was last.
+    # Evaluation mode keeps the last norm.
     net.cell.eval()
     with torch.no_grad():
         problem = net.problem(image())
@@ -323,7 +323,7 @@ def test_each_normed_weight_is_computed_once_a_forward_pass(training):
     for name, module in weights.items():
         module.register_forward_hook(lambda *_, name=name: computed.update([name]))
     for count in (1, 2):
-        # Six calls of f each, by weights that may be others in the next pass.
+        # Six calls of f each, with weights that may differ in the next pass.
         predict(net)
         assert computed == dict.fromkeys(weights, count)
     if training:

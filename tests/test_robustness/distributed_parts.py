@@ -34,7 +34,7 @@ GRADIENTS = dict(
 
 @MODELS.register_module()
 def in_float64(model: dict, **shared: Any) -> nn.Module:
-    """A model in double precision, so that only an error is seen and no rounding."""
+    """A model in double precision, where a difference is an error and not rounding."""
     return MODELS.build(dict(model, **shared)).double()
 
 
@@ -141,7 +141,7 @@ class TinyNet(BaseModel):
 
 
 def samples_of(rank: int) -> list:
-    """Noise; every second picture of the first process is so faint that its solve takes long."""
+    """Noise; every second image of the first process is so faint that its solve takes long."""
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(8, 3, 16, 16, generator=generator)
     if rank == 0:
@@ -230,14 +230,14 @@ def sharded_steps() -> Dict[str, Dict[str, Tensor]]:
 
 
 def work(rank: int, folder: str) -> None:
-    """All a pair of processes is asked to do; the results are in ``rank*.pt``."""
+    """Everything a pair of processes is asked to do; the results are in ``rank*.pt``."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         'gloo',
         init_method=f'file://{folder}/meeting',
         rank=rank,
         world_size=2,
-        # A process that waits for the other in vain says so.
+        # A process that waits for the other in vain raises an error.
         timeout=datetime.timedelta(seconds=60),
     )
     results: Dict[str, Any] = {name: train(rank, folder, name) for name in GRADIENTS}

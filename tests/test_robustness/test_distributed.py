@@ -101,14 +101,14 @@ test_cfg = dict()
         head=dict(type='LinearClsHead', num_classes=10, in_channels=8, topk=(1,)),""",
 )
 SYNC = "stem_norm_cfg=dict(type='SyncBN')"
-# Loaders without processes of their own: nothing here is worth starting one.
+# Loaders without worker processes: nothing here is worth starting one.
 IN_PROCESS = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
 
 
 def launch(script: str, cwd: Path, *args, expect: int = 0) -> str:
     """Run a launcher with two processes as a user does; return all that was printed."""
     env = {**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': ''}
-    # A process group that stays hangs for ever without a limit.
+    # Without a limit, a process group that is left behind hangs for ever.
     done = subprocess.run(
         ['bash', REPO / 'tools' / script, *map(str, args)],
         cwd=cwd,
@@ -134,7 +134,7 @@ class Task:
         self.folder, self.config = folder, folder / f'{name}.py'
         self.config.write_text(dict(seg=SEGMENTOR, cls=CLASSIFIER)[name])
         self.data = folder / 'data'
-        # Neither number of pictures to evaluate is even.
+        # Neither number of images to evaluate is even.
         if name == 'seg':
             write_cityscapes(self.data, size=(32, 64), num_train=5, num_val=3)
         else:
@@ -160,7 +160,7 @@ class Task:
 
 @pytest.fixture(scope='module', params=['seg', 'cls'])
 def task(request, tmp_path_factory):
-    """Give a task after its training by two processes, 2 + 2 or 3 + 3 pictures a step."""
+    """Give a task after its training by two processes, 2 + 2 or 3 + 3 images a step."""
     pytest.importorskip(dict(seg='mmseg', cls='mmpretrain')[request.param])
     task = Task(request.param, tmp_path_factory.mktemp(request.param))
     task.batch_size = dict(seg=2, cls=3)[request.param]
@@ -174,7 +174,7 @@ def test_two_processes_train_as_one_does(task):
     single = task.record('single', 0)
     pair = [task.record('the pair', rank) for rank in (0, 1)]
     assert [run['wrapped'] for run in (*pair, single)] == [True, True, False]
-    # Half of the batch each: the halves differ, their mean is the loss of the whole.
+    # Each has half of the batch: the halves differ, and their mean is the loss of the whole.
     losses = torch.tensor([run['losses'] for run in pair], dtype=torch.float64)
     assert not torch.isclose(losses[0], losses[1]).any()
     expected = torch.tensor(single['losses'], dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_two_processes_train_as_one_does(task):
 
 
 def test_two_processes_evaluate_as_one_does(task):
-    """The data sets are of odd size: the sampler repeats a picture, which must not count."""
+    """The data sets are of odd size: the sampler repeats an image, which must not count."""
     flags = task.flags('test', task.batch_size)
     out = launch('dist_test.sh', task.folder, task.config, task.checkpoint, 2, *flags)
     (together,) = re.findall(rf'\(test\).* {task.metric}: (\d+\.\d+)', out)
@@ -211,7 +211,7 @@ def test_two_processes_evaluate_as_one_does(task):
 
 
 def test_a_failing_process_ends_the_run(tmp_path):
-    """A picture that cannot be read, which the sampler gives to the second process.
+    """An image that cannot be read, which the sampler gives to the second process.
 
     The first iteration goes well, with SyncBN as BN: PyTorch has none for CPUs.
     """
@@ -221,12 +221,12 @@ def test_a_failing_process_ends_the_run(tmp_path):
     assert SYNC in sync
     task.config.write_text(sync)
     broken = sorted((task.data / 'train').glob('*/*.png'))[9]
-    broken.write_bytes(b'no picture')
+    broken.write_bytes(b'no image')
     flags = [*task.flags('the pair', 3), 'train_dataloader.sampler.shuffle=False']
     out = launch('dist_train.sh', tmp_path, task.config, 2, *flags, expect=1)
     assert re.search(r'WARNING - .*no SyncBN for CPUs', out), out[-3000:]
     assert re.search(r'\(train\) +\[1\]\[1/3\].* loss: \d', out), out[-3000:]
-    # Whose fault it was, and the file's.
+    # The process at fault, and the file.
     assert re.search(r'rank\s*: 1 ', out), out[-3000:]
     assert re.search(r'\[rank1\].*Error', out), out[-3000:]
     assert str(broken) in out

@@ -157,7 +157,7 @@ def test_activation_checkpointing_recomputes_the_same_masks(use_reentrant):
         x = image().requires_grad_()
         torch.manual_seed(3)
         outs = call(x)
-        # Another draw between forward and backward must not shift the masks.
+        # A draw between forward and backward must not change the masks.
         torch.rand(7)
         loss_of(outs).backward()
         return [x.grad, *(p.grad.clone() for p in net.parameters())]
@@ -166,14 +166,14 @@ def test_activation_checkpointing_recomputes_the_same_masks(use_reentrant):
     assert any(g.any() for g in expected)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b)
-    # The masks matter here: other ones give another gradient.
+    # The masks matter: other masks give another gradient.
     torch.manual_seed(4)
     other = torch.autograd.grad(loss_of(net(image())), list(net.parameters()))
     assert not torch.allclose(other[0], expected[1])
 
 
 def test_gradients_accumulate_over_steps(tmp_path):
-    """Two batches of two with accumulation end where the sum of both gradients leads."""
+    """Two batches of two with accumulation give the step of their summed gradients."""
     model = Segmentor(tiny_backbone(norm_eval=True))
     # A Runner would draw other weights than these once more.
     model.init_weights()
@@ -294,7 +294,7 @@ class HeapInfo(ctypes.Structure):
 
 
 def memory():
-    """Bytes in use, and by how much they may differ for other reasons than a leak.
+    """Bytes in use, and by how much they may differ for reasons other than a leak.
 
     glibc counts what is allocated, torch's tensors included. Elsewhere it is the peak of the
     resident memory, which grows by pages.
@@ -318,7 +318,7 @@ def tensors():
 def test_memory_does_not_grow_over_500_iterations():
     """Training steps with failures and evaluations between them, after a warm-up of 80.
 
-    A graph kept would be 45 kB an iteration, the state of one solve 1 kB.
+    A leaked graph would be 45 kB an iteration, a leaked state of a solve 1 kB.
     """
     solver = dict(type='LimitedMemoryBroyden', max_iter=3, memory=3)
     gradient = dict(type='ImplicitGradient', solver=solver)
@@ -342,7 +342,7 @@ def test_memory_does_not_grow_over_500_iterations():
 
     for index in range(1, 501):
         step(index)
-        # The same point of the cycle of what a step does.
+        # The same point in the cycle of steps.
         if index == 80:
             count, (bytes_in_use, tolerance) = tensors(), memory()
     assert tensors() == count > 0
@@ -410,7 +410,7 @@ DYNAMIC = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 
 
 def check_export(net, run):
-    """Compare ``run``, what an export gave, with the net on images of all SHAPES.
+    """Compare ``run``, the result of an export, with the net on images of all SHAPES.
 
     Returns:
         list[bool]: Whether each image's solve ended before the budget.

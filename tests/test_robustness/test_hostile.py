@@ -136,7 +136,7 @@ def test_pretrained_weights_that_would_run_code_are_refused(train, here, zipped,
 LOADERS = {
     tools.train: ['seg.py', '--cfg-options', 'load_from=evil.pth'],
     tools.test: ['seg.py', 'evil.pth'],
-    inference: ['picture.png', 'seg.py', 'evil.pth'],
+    inference: ['image.png', 'seg.py', 'evil.pth'],
     plot_convergence: ['seg.py', 'evil.pth'],
     accuracy_vs_nfe: ['seg.py', 'evil.pth'],
     warm_start: ['seg.py', 'evil.pth', '.', '--frames', '2', '--window', '32', '32'],
@@ -145,9 +145,9 @@ LOADERS = {
 
 
 def test_every_tool_that_takes_a_checkpoint_is_tried():
-    """A tool that begins to load files has to come into the list above."""
+    """A tool that starts to load files must be added to the list above."""
     scripts = [p for p in (ROOT / 'tools').rglob('*.py') if not p.name.startswith('_')]
-    # A study goes on from checkpoints of its own and takes none by name.
+    # A study resumes from its own checkpoints and takes none by name.
     scripts = [p for p in scripts if p.stem != 'study']
     loading = {p.stem for p in scripts if re.search('checkpoint', p.read_text(), re.IGNORECASE)}
     tried = {Path(tool.__file__).stem for tool in (*LOADERS, mdeq_to_mm)}
@@ -160,7 +160,7 @@ def test_every_tool_that_takes_a_checkpoint_is_tried():
 def test_a_payload_is_refused_by_every_tool(here, tool, zipped, place):
     content = {'state_dict': dict(weight=torch.ones(1)), place: Payload(here / 'executed')}
     torch.save(content, here / 'evil.pth', _use_new_zipfile_serialization=zipped)
-    cv2.imwrite(str(here / 'picture.png'), np.zeros((32, 64, 3), np.uint8))
+    cv2.imwrite(str(here / 'image.png'), np.zeros((32, 64, 3), np.uint8))
     with pytest.raises(SystemExit, match='evil.pth.* was refused: it names .*mkdir'):
         tool.main(LOADERS[tool])
     assert not (here / 'executed').exists() and not (here / 'work_dirs').exists()
@@ -205,7 +205,7 @@ def test_automatic_resume_takes_the_checkpoint_before_a_damaged_one(train, here,
     argv = ['seg.py', '--work-dir', 'work', '--cfg-options', 'train_cfg.max_iters=2']
     expected = train(argv).model.state_dict()
     work, latest = here / 'work', here / 'work/iter_2.pth'
-    # What looks like a later checkpoint and is none to go on from.
+    # Things that look like later checkpoints but cannot be resumed.
     torch.save(dict(state_dict={}, meta=dict(iter=9)), work / 'best_mIoU_iter_9.pth')
     (work / 'iter_8.pth').write_bytes(b'')
     if damage in ('truncated', 'empty'):
@@ -236,7 +236,7 @@ def test_automatic_resume_does_not_step_over_a_payload(train, here):
 
 @pytest.mark.parametrize('foreign', [False, True])
 def test_automatic_resume_of_nothing_starts_at_the_beginning(train, here, foreign):
-    """Jobs that may be started again pass --resume from the first time on."""
+    """Jobs that may be restarted pass --resume from the start."""
     if foreign:
         (here / 'work').mkdir()
         torch.save(dict(state_dict=dict(weight=torch.ones(1))), here / 'work/start.pth')
@@ -282,7 +282,7 @@ def test_config_errors_come_before_the_data(train, here, monkeypatch, option, wo
 
 
 def test_a_missing_label_is_named(train, here):
-    """Folders are there, one file is not: the first batch that wants it says which."""
+    """The folders exist but one file does not: the first batch that needs it names it."""
     (label,) = (here / 'cityscapes/gtFine/train').rglob('*_000001_*')
     label.unlink()
     with pytest.raises(FileNotFoundError, match=label.name):
@@ -298,7 +298,7 @@ def test_a_config_is_code_and_says_so_by_failing_where_it_is_wrong(here):
 
 
 def test_an_empty_folder_is_no_data_set(train, here):
-    """What an unpacking that was broken off leaves behind."""
+    """What an interrupted unpacking leaves behind."""
     folder = here / 'cityscapes/leftImg8bit/train'
     shutil.rmtree(folder)
     folder.mkdir()

@@ -27,7 +27,7 @@ pytest.importorskip('mmpretrain')
 
 REPO = Path(__file__).resolve().parents[2]
 PROCESSES = multiprocessing.get_context('forkserver')
-# What MM imports only when it is asked for: seconds in each process otherwise.
+# What MM imports lazily: otherwise seconds in each process.
 PARTS = ('datasets', 'engine', 'evaluation', 'models', 'visualization')
 PRELOADED = [f'{package}.{part}' for package in ('mmseg', 'mmpretrain') for part in PARTS]
 PROCESSES.set_forkserver_preload([*PRELOADED, 'matplotlib.pyplot', 'torch._dynamo', 'mdeq_mm'])
@@ -128,7 +128,7 @@ class KillAtIteration(Hook):
 
 @HOOKS.register_module()
 class KillWhileWriting(Hook):
-    """``kill -9`` when half of a file is on the disk, whatever its ending is."""
+    """``kill -9`` when half of a file is on the disk, whatever its suffix."""
 
     def __init__(self, name, times=1):
         self.name, self.times = name, times
@@ -149,12 +149,12 @@ class KillWhileWriting(Hook):
 
 def train_here(folder, argv):
     """What a process does: train.py's main, its output into ``log.txt``."""
-    # What the server imported is nothing to collect.
+    # What the server imported is not garbage to collect.
     gc.freeze()
     os.chdir(folder)
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     torch.set_num_threads(1)
-    # Every process begins with the server's state, and would draw the same seed for its run.
+    # Every process starts with the server's state and would draw the same seed for its run.
     np.random.seed(len(argv))
     log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -243,7 +243,7 @@ def assert_same_training(got, expected):
 
 
 def test_segmentation_killed_between_checkpoints(train, log, work, whole):
-    """By iterations, resumed right behind a validation, before the end of the warm-up."""
+    """By iterations, resumed right after a validation, before the end of the warm-up."""
     kill = "dict(type='KillAtIteration', iteration=5)"
     assert train('seg', kill=kill, options=SEED) == KILLED
     assert (work / 'last_checkpoint').read_text().endswith('iter_4.pth')
@@ -253,7 +253,7 @@ def test_segmentation_killed_between_checkpoints(train, log, work, whole):
 
 
 def test_segmentation_with_loader_processes(train, log, work):
-    """Augmentation goes on where it was, in processes that know nothing of the checkpoint."""
+    """Augmentation continues where it was, in worker processes that never saw the checkpoint."""
     kill = "dict(type='KillAtIteration', iteration=5)"
     assert train('seg', kill=kill, workers=2, options=SEED) == KILLED
     assert train('seg', '--resume', workers=2, options=SEED) == 0, log()
@@ -263,7 +263,7 @@ def test_segmentation_with_loader_processes(train, log, work):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_classification_killed_in_an_epoch(train, log, work, workers):
-    """By epochs, without a seed of its own: the resumed run takes that of the killed one."""
+    """By epochs, without a seed given: the resumed run takes the seed of the killed one."""
     kill = "dict(type='KillAtIteration', iteration=7)"
     assert train('cls', kill=kill, workers=workers) == KILLED
     assert (work / 'last_checkpoint').read_text().endswith('epoch_2.pth')
@@ -274,7 +274,7 @@ def test_classification_killed_in_an_epoch(train, log, work, workers):
 
 
 def test_killed_while_writing_the_only_checkpoint(train, log, work, whole):
-    """The one before is still there, and nothing half written has the name of a checkpoint."""
+    """The previous checkpoint is still there, and no half-written file has the name of one."""
     options = [*SEED, 'default_hooks.checkpoint.max_keep_ckpts=1']
     kill = "dict(type='KillWhileWriting', name='iter_4.pth')"
     assert train('seg', kill=kill, options=options) == KILLED

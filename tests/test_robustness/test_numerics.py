@@ -53,7 +53,7 @@ def test_a_bad_image_is_reported_and_leaves_its_batch_mates_alone(kind, bad, whe
     assert not (status[mates] == Status.NON_FINITE).any()
     for out, clean_out in zip(outs, expected):
         torch.testing.assert_close(out[mates], clean_out[mates])
-        # Not zeros in disguise: a loss on the bad image is not finite.
+        # The loss on the bad image is not finite: it is not hidden behind zeros.
         assert not torch.isfinite(out[1]).all()
 
     (got,) = torch.autograd.grad((outs[0] * weight).sum(), dirty)
@@ -76,7 +76,7 @@ def test_no_gradient_carries_a_bad_image_to_its_batch_mates(gradient):
 
 
 def test_a_bad_image_shows_in_the_gradient_of_the_weights():
-    """It must not pass for a step: AMP's scaler and gradient clipping look for this."""
+    """It must not pass as a step: AMP's scaler and gradient clipping check for this."""
     net = tiny_backbone(norm_eval=True)
     x = image()
     x[1] = NAN
@@ -246,9 +246,9 @@ def test_autocast_gives_the_equilibrium_to_its_precision(kind, dtype):
 
 @every_solver
 def test_overflow_of_half_precision_is_reported(kind):
-    """Inner maps above 65504 are inf in float16 and nothing of note in bfloat16.
+    """Inner maps above 65504 are inf in float16 and harmless in bfloat16.
 
-    At the start, z = 0, they are zero: that iterate is the one that is finite, and is returned.
+    At the start, z = 0, they are zero: that is the only finite iterate, and it is returned.
     """
     net = tiny_backbone(kind, norm_eval=True)
     with torch.no_grad():

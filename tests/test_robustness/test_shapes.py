@@ -177,7 +177,7 @@ def test_whole_and_slide_inference(segmentor, size):
         one = segmentor(mode='slide', crop_size=size, stride=size)
         one.load_state_dict(whole.state_dict())
         torch.testing.assert_close(one.inference(x, metas(2, *size)), expected)
-        # The last windows are moved inside. Where no other reaches, the first is the model on it.
+        # The last windows are moved inside. Where no other window reaches, the first one decides.
         slide = segmentor(mode='slide', crop_size=(16, 20), stride=(11, 15))
         slide.load_state_dict(whole.state_dict())
         logits = slide.inference(x, metas(2, *size))
@@ -210,5 +210,5 @@ def test_test_time_augmentation_averages_the_views(segmentor):
     seen = predict(image)
     assert seen.shape == (1, 21, 32) and seen.unique().numel() > 1
     agree = (predict(image.flip(-1)).flip(-1) == seen).float().mean()
-    # Ties apart, which rounding decides.
+    # Except for ties, which rounding decides.
     assert agree > 0.99

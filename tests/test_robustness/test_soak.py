@@ -50,7 +50,7 @@ def tied(monkeypatch):
 
 
 def leaking(monkeypatch):
-    """What a forward made is kept."""
+    """A forward pass leaks what it made."""
     forward, kept = MDEQBackbone.forward, []
 
     def keep(net, x):
@@ -61,7 +61,7 @@ def leaking(monkeypatch):
 
 
 def lying(monkeypatch):
-    """Everything is said to have been solved exactly."""
+    """Every solve claims to be exact."""
     monkeypatch.setattr(
         SolverStats,
         'of',

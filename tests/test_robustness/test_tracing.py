@@ -24,7 +24,7 @@ def test_a_trace_is_right_for_other_images_batches_and_sizes(kind, grad):
 
 
 def test_mm_counts_the_operations_of_every_evaluation():
-    """Of the whole budget, also where a solve would end before, as get_flops.py does."""
+    """For the whole budget, even if a solve would end earlier, as in get_flops.py."""
     net = tiny_backbone('Anderson', max_iter=3, tol=0.5).eval()
     shape = (3, 16, 16)
     found = get_model_complexity_info(net, shape, show_table=False, show_arch=False)

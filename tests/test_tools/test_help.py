@@ -16,7 +16,7 @@ SCRIPTS = [
 
 
 class Found(Exception):
-    """Carries the parser out of a script."""
+    """Raised to get the parser out of a script."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Studies: runs on generated images, interrupted and resumed; tables and pictures of known runs."""
+"""Studies: runs on generated images, interrupted and resumed; tables and charts of known runs."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ NETS = ('mdeq_tiny', 'deq_tiny', 'resnet18_w8', 'node', 'anode')
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Give a module of tools/studies as the script beside it finds it."""
+    """Give a module of tools/studies, imported as the script beside it does."""
     monkeypatch.syspath_prepend(str(ROOT / 'tools/studies'))
     return importlib.import_module
 
@@ -69,17 +69,17 @@ def test_rows_are_trained_and_tested(run, tool, tmp_path, monkeypatch):
         assert torch.__version__.startswith(found['versions']['torch']) and found['processor']
     penalty = result(tmp_path, 'recipes', 'penalty', seed=3)['options']
     assert penalty['model.backbone.regularizer']['type'] == 'JacobianRegularizer'
-    # What is finished is not done again.
+    # Finished runs are not repeated.
     monkeypatch.setattr('_single_run.run', lambda *args: pytest.fail('trained again'))
     run('recipes', '--rows', *rows, '--seeds', '3', '--epochs', '1')
 
 
 class Interrupted(Exception):
-    """What a test puts in the place of a kill."""
+    """Stands in for a kill."""
 
 
 def interrupt(monkeypatch, method, call):
-    """Let the ``call``-th call of a method of MM's loops break off, for once."""
+    """Interrupt the ``call``-th call of a method of MM's loops, once."""
     kind, name = method.split('.')
     loops = importlib.import_module('mmengine.runner.loops')
     original, calls = getattr(getattr(loops, kind), name), []
@@ -256,11 +256,11 @@ def test_a_stop_stops_what_runs_and_begins_nothing_more(tmp_path):
     assert 'the same command continues' in done.stderr and done.returncode == 1
 
 
-# --- Tables and pictures ----------------------------------------------------------------------
+# --- Tables and charts ----------------------------------------------------------------------
 
 
 def known_run(row, seed, seconds, accuracies, budget=8):
-    """A finished run, as far as tables and pictures read it."""
+    """A finished run, as far as tables and charts read it."""
     points = [
         dict(evaluations=count, accuracy=accuracy, residual=1 / count)
         for count, accuracy in accuracies.items()
@@ -334,24 +334,24 @@ def test_nothing_finished_is_said(tool, tmp_path):
         tool('study').main(['recipes', '--out', str(tmp_path), '--table'])
 
 
-def test_the_picture_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
+def test_the_chart_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
     tool('study').main(['recipes', '--out', str(known), '--plot'])
     path = Path(capsys.readouterr().out.strip())
     assert path == known / 'recipes/recipes.png' and path.stat().st_size > 10_000
     report, study = tool('_report'), tool('_studies').RECIPES
-    (plot,) = report.picture(study, report.read_results(study, known / 'recipes')).axes
+    (plot,) = report.chart(study, report.read_results(study, known / 'recipes')).axes
     paper, penalty = plot.lines
     assert paper.get_label() == study.rows['paper'].title
     assert penalty.get_xydata().tolist() == [[8, 51], [18, 54]]
     assert len(plot.collections) == 2  # a band each
 
 
-def test_the_picture_of_nets_is_accuracy_by_epoch_and_by_time(known, tool, tmp_path):
+def test_the_chart_of_nets_is_accuracy_by_epoch_and_by_time(known, tool, tmp_path):
     path = tmp_path / 'new/nets.png'
     tool('study').main(['table1', '--out', str(known), '--plot', str(path)])
     assert path.stat().st_size > 10_000
     report, study = tool('_report'), tool('_studies').TABLE1
-    left, right = report.picture(study, report.read_results(study, known / 'table1')).axes
+    left, right = report.chart(study, report.read_results(study, known / 'table1')).axes
     assert left.lines[0].get_xydata().tolist() == [[1, 41.5], [2, 42.5]]
     assert right.lines[0].get_xydata().tolist() == [[0.5, 41.5], [1, 42.5]]
     assert right.lines[1].get_xydata().tolist() == [[5, 41], [10, 42]]
@@ -406,7 +406,7 @@ def test_all_nets_are_of_one_size(net):
 def test_all_nets_are_trained_and_judged_alike(net):
     cfg, mdeq = config(net), config('mdeq_tiny')
     for one in (cfg, mdeq):
-        # Each has the rates that suit it.
+        # Each has its own rates.
         for key in ('lr', 'weight_decay'):
             one.optim_wrapper.optimizer.pop(key)
         one.pop('model')
@@ -421,8 +421,8 @@ def test_images_enter_the_net_as_normalized_red_green_blue(tmp_path):
     folder = tmp_path / 'train/cat'
     folder.mkdir(parents=True)
     red, green, blue = 200, 100, 30
-    picture = torch.tensor([blue, green, red], dtype=torch.uint8).expand(32, 32, 3).numpy()
-    cv2.imwrite(str(folder / '0.png'), picture)
+    image = torch.tensor([blue, green, red], dtype=torch.uint8).expand(32, 32, 3).numpy()
+    cv2.imwrite(str(folder / '0.png'), image)
     init_default_scope('mmpretrain')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         datasets = importlib.import_module('mmengine.registry').DATASETS

@@ -96,7 +96,7 @@ test_cfg = dict()
 auto_scale_lr = dict(enable=False, base_batch_size=10)
 custom_imports = dict(imports=['mdeq_mm', 'tests.plain_dump'])
 """
-# Data loaders without processes of their own: nothing here is worth starting one.
+# Data loaders without worker processes: nothing here is worth starting one.
 IN_PROCESS = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
 
 
@@ -122,7 +122,7 @@ def seg_checkpoint(tmp_path_factory, cityscapes):
 
 @pytest.fixture
 def tiny(tmp_path, cityscapes, digits, monkeypatch):
-    """Give a folder with the two tiny configs in it, and be there."""
+    """Give a folder with the two tiny configs, as working directory."""
     (tmp_path / 'seg.py').write_text(SEGMENTOR)
     (tmp_path / 'cls.py').write_text(CLASSIFIER)
     monkeypatch.chdir(tmp_path)
@@ -165,7 +165,7 @@ def logged(work_dir, key):
 
 
 def test_large_cityscapes_end_to_end(tmp_path):
-    """The config itself: only the data's place, the crop and the counts are other ones."""
+    """The config itself, with another place of the data, another crop and smaller counts."""
     cityscapes = write_cityscapes(tmp_path / 'cityscapes', num_val=1)
     config = str(REPO / 'configs/mdeq_large_cityscapes.py')
     options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(32,64)', *IN_PROCESS]
@@ -173,7 +173,7 @@ def test_large_cityscapes_end_to_end(tmp_path):
     options += [f'model.backbone.{solver}.max_iter=3' for solver in solvers]
     options += ['train_dataloader.batch_size=2']
     options += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
-    # MM has one visualizer of a name in a process, which writes where the first run of it did.
+    # MM has one visualizer per name and process, which writes where the first run did.
     options += ['visualizer.name=end_to_end', 'default_hooks.solver_stats.interval=1']
     options += [f'default_hooks.warmup.{phase}_iters=1' for phase in ('unrolled', 'softplus')]
     work_dir = tmp_path / 'train'
@@ -206,9 +206,9 @@ def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
     assert re.search(r'^mIoU on 8 validation scenes: \d+\.\d$', out, re.MULTILINE)
     path = out.splitlines()[-1].split(': ')[1]
     assert path == 'work_dirs/mdeq_demo_digit_scenes/demo.png'
-    picture = cv2.imread(str(tmp_path / path))
+    image = cv2.imread(str(tmp_path / path))
     # More than one colour: something was painted.
-    assert picture is not None and picture.std() > 10
+    assert image is not None and image.std() > 10
 
 
 def test_resume_goes_on_where_the_checkpoint_ends(tiny, seg_options):
@@ -276,7 +276,7 @@ def test_tta_averages_over_scales_and_flips(tiny, seg_options, seg_checkpoint):
 
 def test_classification_outputs(tiny, cls_options):
     runner = train.main(['cls.py', '--auto-scale-lr', *cls_options])
-    # 20 pictures at 32 a batch, the rate of 10 a batch.
+    # The batch size is 32, and the learning rate is given for 10.
     assert runner.optim_wrapper.get_lr()['lr'][0] == pytest.approx(0.032)
     checkpoint = 'work_dirs/cls/epoch_1.pth'
     _, plain = test.main(['cls.py', checkpoint, '--out', 'pred.pkl', *cls_options])
@@ -289,10 +289,10 @@ def test_classification_outputs(tiny, cls_options):
     runner, metrics = test.main(['cls.py', checkpoint, *flags, *cls_options])
     assert json.loads((tiny / 'm.json').read_text()) == metrics
     assert type(runner.model).__name__ == 'AverageClsScoreTTA'
-    # The picture and its mirror image.
+    # The image and its mirror image.
     mirrored, plain = runner.test_dataloader.dataset[0]['inputs']
     torch.testing.assert_close(mirrored.flip(-1), plain, atol=0, rtol=0)
-    assert not torch.equal(mirrored, plain), 'a picture that is its own mirror image tells nothing'
+    assert not torch.equal(mirrored, plain), 'an image that is its own mirror image tells nothing'
     test.main(['cls.py', checkpoint, '--show-dir', 'shown', '--interval', '5', *cls_options])
     assert len(list((tiny / 'shown').iterdir())) == 2
 
@@ -430,7 +430,7 @@ def test_amp_exchanges_the_optimizer_wrapper(tiny, seg_options, monkeypatch):
 
 
 def test_amp_takes_a_wrapper_that_is_a_class(monkeypatch):
-    """As pure-Python configs name it."""
+    """As pure-Python configs spell it."""
     monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
     cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
     train.enable_amp(cfg)

@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_picture(path: str) -> np.ndarray:
+def read_image(path: str) -> np.ndarray:
     """(H, W, 3) RGB uint8.
 
     Raises:
@@ -91,10 +91,10 @@ def read_picture(path: str) -> np.ndarray:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'image {path} does not exist')
-    picture = mmcv.imread(path, channel_order='rgb')
-    if picture is None:
+    image = mmcv.imread(path, channel_order='rgb')
+    if image is None:
         raise ValueError(f'{path} is not a readable image')
-    return picture
+    return image
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def class_names(model: nn.Module, count: int) -> list[str]:
 
 
 def overlay(
-    model: nn.Module, picture: np.ndarray, sample: BaseDataElement, opacity: float, legend: bool
+    model: nn.Module, image: np.ndarray, sample: BaseDataElement, opacity: float, legend: bool
 ) -> np.ndarray:
     """(H, W, 3), the image with its classes painted over it, as mmsegmentation does."""
     from mmseg.visualization import SegLocalVisualizer
@@ -143,7 +143,7 @@ def overlay(
     palette = model.dataset_meta.get('palette') or colours
     visualizer.dataset_meta = dict(classes=names, palette=palette)
     visualizer.add_datasample(
-        'prediction', picture, sample, draw_gt=False, show=False, with_labels=legend
+        'prediction', image, sample, draw_gt=False, show=False, with_labels=legend
     )
     return visualizer.get_image()
 
@@ -154,11 +154,11 @@ def best(sample: BaseDataElement, names: list[str], count: int = 5) -> list[tupl
     return [(names[k], score) for k, score in zip(labels.tolist(), scores.tolist(), strict=True)]
 
 
-def paint_classes(picture: np.ndarray, ranking: list[tuple[str, float]]) -> Figure:
+def paint_classes(image: np.ndarray, ranking: list[tuple[str, float]]) -> Figure:
     """The image beside bars of the best classes."""
     figure = Figure(figsize=(7, 2.8), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    left.imshow(picture)
+    left.imshow(image)
     left.set_axis_off()
     names, scores = zip(*ranking[::-1], strict=True)
     bars = right.barh(range(len(names)), scores)
@@ -174,16 +174,16 @@ def _title(number: int, residual: float | None) -> str:
 
 
 def paint_maps_by_calls(
-    model: nn.Module, picture: np.ndarray, found: list[tuple], opacity: float
+    model: nn.Module, image: np.ndarray, found: list[tuple], opacity: float
 ) -> Figure:
     """A tile for each number of evaluations, after the image itself."""
-    tiles = [('image', picture)]
+    tiles = [('image', image)]
     for number, (sample, residual) in enumerate(found, start=1):
-        tile = overlay(model, picture, sample, opacity, legend=False)
+        tile = overlay(model, image, sample, opacity, legend=False)
         tiles.append((_title(number, residual), tile))
     columns = min(5, len(tiles))
     rows = -(-len(tiles) // columns)
-    height = 2.4 * picture.shape[0] / picture.shape[1] + 0.3
+    height = 2.4 * image.shape[0] / image.shape[1] + 0.3
     figure = Figure(figsize=(2.4 * columns, height * rows), layout='constrained')
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -194,7 +194,7 @@ def paint_maps_by_calls(
     return figure
 
 
-def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[str]) -> Figure:
+def paint_scores_by_calls(image: np.ndarray, found: list[tuple], names: list[str]) -> Figure:
     """The image, and the scores of the finally best classes against evaluations of f."""
     last = found[-1][0].pred_score
     labels = last.topk(min(5, len(last))).indices.tolist()
@@ -203,7 +203,7 @@ def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[s
     with_residual = None not in residuals
     figure = Figure(figsize=(10 if with_residual else 7, 2.9), layout='constrained')
     left, middle, *right = figure.subplots(1, 3 if with_residual else 2)
-    left.imshow(picture)
+    left.imshow(image)
     left.set_axis_off()
     calls = range(1, len(found) + 1)
     for label in labels:
@@ -218,7 +218,7 @@ def paint_scores_by_calls(picture: np.ndarray, found: list[tuple], names: list[s
     return figure
 
 
-def paint(model: nn.Module, picture: np.ndarray, data: dict, args: argparse.Namespace) -> None:
+def paint(model: nn.Module, image: np.ndarray, data: dict, args: argparse.Namespace) -> None:
     """Predict as the command line says and write the resulting image."""
     segments = 'pred_sem_seg' in (sample := predict(model, data))
     found = None
@@ -229,16 +229,16 @@ def paint(model: nn.Module, picture: np.ndarray, data: dict, args: argparse.Name
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if segments and found is None:
-        mmcv.imwrite(overlay(model, picture, sample, args.opacity, True)[..., ::-1], str(path))
+        mmcv.imwrite(overlay(model, image, sample, args.opacity, True)[..., ::-1], str(path))
         return
     if not segments:
         print('\n'.join(f'{score:.4f}  {name}' for name, score in best(sample, names)))
     if segments:
-        figure = paint_maps_by_calls(model, picture, found, args.opacity)
+        figure = paint_maps_by_calls(model, image, found, args.opacity)
     elif found is None:
-        figure = paint_classes(picture, best(sample, names))
+        figure = paint_classes(image, best(sample, names))
     else:
-        figure = paint_scores_by_calls(picture, found, names)
+        figure = paint_scores_by_calls(image, found, names)
     figure.savefig(path, dpi=110)
 
 
@@ -247,12 +247,12 @@ def paint_frame(
 ) -> np.ndarray:
     """The frame (H, W, 3), BGR, with its classes painted over it or the best one's name."""
     if 'pred_sem_seg' in sample:
-        picture = np.ascontiguousarray(frame[..., ::-1])
-        return np.ascontiguousarray(overlay(model, picture, sample, opacity, False)[..., ::-1])
+        image = np.ascontiguousarray(frame[..., ::-1])
+        return np.ascontiguousarray(overlay(model, image, sample, opacity, False)[..., ::-1])
     names = class_names(model, len(sample.pred_score))
     ((name, score),) = best(sample, names, count=1)
     painted = frame.copy()
-    # Dark under light, to be read on any picture.
+    # Dark under light, to be read on any image.
     for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         place, font = (4, frame.shape[0] - 6), cv2.FONT_HERSHEY_SIMPLEX
         cv2.putText(painted, f'{name} {score:.2f}', place, font, 0.5, colour, width, cv2.LINE_AA)
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors('inference.py'):
         cfg = load_config(args.config, options=args.cfg_options)
         stream = is_stream(args.img)
-        source = Frames(args.img) if stream else read_picture(args.img)
+        source = Frames(args.img) if stream else read_image(args.img)
         video = VideoFile(args.out, source.rate) if stream else None
         checkpoint = given_or_packaged(args.checkpoint, args.config)
         model = load_model(cfg, checkpoint, args.device)

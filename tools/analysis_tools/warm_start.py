@@ -1,6 +1,6 @@
 """Measure what a warm start saves on a pan: calls of f, and labels that differ from a cold start.
 
-A window moves over each picture by so many pixels a frame. Each frame is segmented twice: from
+A window moves over each image by so many pixels a frame. Each frame is segmented twice: from
 zeros and from the equilibrium of the frame before it, with the same solver at the same tolerance.
 The first frame of a pan, cold in either case, is left out.
 
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file of a segmentation model')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('pictures', help='folder of images to pan over')
+    parser.add_argument('images', help='folder of images to pan over')
     parser.add_argument(
         '--count', type=int, default=4, help='number of images, spread over the folder'
     )
@@ -70,21 +70,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def pan(picture: np.ndarray, window: tuple[int, int], pixels: int, count: int) -> list[np.ndarray]:
-    """Frames (H, W, 3) of a window that moves to the right from a picture's left edge.
+def pan(image: np.ndarray, window: tuple[int, int], pixels: int, count: int) -> list[np.ndarray]:
+    """Frames (H, W, 3) of a window that moves to the right from an image's left edge.
 
     Raises:
-        ValueError: If the window would leave the picture.
+        ValueError: If the window would leave the image.
     """
     height, width = window
     needed = width + pixels * (count - 1)
-    if height > picture.shape[0] or needed > picture.shape[1]:
+    if height > image.shape[0] or needed > image.shape[1]:
         raise ValueError(
-            f'a pan of {count} frames of {height}x{width} by {pixels} pixels needs pictures of '
-            f'{height}x{needed} or more, got {picture.shape[0]}x{picture.shape[1]}'
+            f'a pan of {count} frames of {height}x{width} by {pixels} pixels needs images of '
+            f'{height}x{needed} or more, got {image.shape[0]}x{image.shape[1]}'
         )
-    top = (picture.shape[0] - height) // 2
-    return [picture[top : top + height, i * pixels : i * pixels + width] for i in range(count)]
+    top = (image.shape[0] - height) // 2
+    return [image[top : top + height, i * pixels : i * pixels + width] for i in range(count)]
 
 
 @torch.no_grad()
@@ -138,10 +138,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     args = parse_args(argv)
     with one_line_errors('warm_start.py'):
         cfg = load_config(args.config, options=args.cfg_options)
-        pictures = list(Frames(args.pictures))
-        chosen = np.linspace(0, len(pictures) - 1, min(args.count, len(pictures))).astype(int)
+        images = list(Frames(args.images))
+        chosen = np.linspace(0, len(images) - 1, min(args.count, len(images))).astype(int)
         pans = {
-            pixels: [pan(pictures[i], tuple(args.window), pixels, args.frames) for i in chosen]
+            pixels: [pan(images[i], tuple(args.window), pixels, args.frames) for i in chosen]
             for pixels in args.pixels
         }
         model = load_model(cfg, args.checkpoint, args.device)

@@ -18,7 +18,7 @@ from timing import timed
 from torch import Tensor, nn
 from worker import Worker
 
-PICTURE = '.md'
+REPORT_SUFFIX = '.md'
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 # Options, and evaluations of f in the forward and in the backward pass: the exact gradient of the
 # paper's recipes, and those of Jacobian regularization.
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 f'  {number} of {len(chosen)}: {row.name}: {_said(results[row.name])}', flush=True
             )
             report.write(dict(settings, rows=results), path)
-            paint(dict(settings, rows=results), path.with_suffix(PICTURE))
+            paint(dict(settings, rows=results), path.with_suffix(REPORT_SUFFIX))
     return dict(settings, rows=results)
 
 

@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     name = args.suite if args.net == 'tiny' else f'{args.suite}_{args.net}'
     path = Path(args.out, f'{name}.json')
     report.write(result, path)
-    picture = path.with_suffix(getattr(suite, 'PICTURE', '.png'))
-    getattr(suite, 'paint', report.paint)(result, picture)
-    print(f'\n{path}\n{picture}')
+    shown = path.with_suffix(getattr(suite, 'REPORT_SUFFIX', '.png'))
+    getattr(suite, 'paint', report.paint)(result, shown)
+    print(f'\n{path}\n{shown}')
 
 
 if __name__ == '__main__':

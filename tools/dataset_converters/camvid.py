@@ -126,15 +126,15 @@ def build(source: str | Path, out_dir: str | Path, size: tuple[int, int] | None 
         ValueError: If a file is not a valid image or label map.
     """
     splits, void = find_splits(Path(source))
-    pictures = {s: sorted(pair[0].glob('*.png')) for s, pair in splits.items()}
-    empty = [str(splits[s][0]) for s, found in pictures.items() if not found]
+    images = {s: sorted(pair[0].glob('*.png')) for s, pair in splits.items()}
+    empty = [str(splits[s][0]) for s, found in images.items() if not found]
     if empty:
         raise FileNotFoundError(f'no *.png in {", ".join(empty)}')
-    counts = {s: len(found) for s, found in pictures.items()}
+    counts = {s: len(found) for s, found in images.items()}
     manifest = dict(dataset='camvid', version=1, size=size, source=str(source), **counts)
 
     def write(folder: Path) -> None:
-        for split, paths in pictures.items():
+        for split, paths in images.items():
             kinds = (folder / 'images' / split, folder / 'annotations' / split)
             for kind in kinds:
                 kind.mkdir(parents=True)

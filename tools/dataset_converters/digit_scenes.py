@@ -100,7 +100,7 @@ def make_scene(
     Returns:
         The image, (size, size, 3) BGR uint8, and its labels, (size, size) uint8.
     """
-    picture = _background(photos[rng.integers(len(photos))], size, rng)
+    image = _background(photos[rng.integers(len(photos))], size, rng)
     labels = np.full((size, size), BACKGROUND, dtype=np.uint8)
     taken = np.zeros((size, size), dtype=bool)
     for _ in range(int(rng.integers(2, 6))):
@@ -115,10 +115,10 @@ def make_scene(
         # A steeper ink keeps the middle of a stroke opaque and its edge soft.
         cover = np.clip((ink - 0.15) / 0.35, 0, 1)[..., None]
         colour = rng.integers(_BRIGHT, 256, 3).astype(np.float32)
-        picture[box] = picture[box] * (1 - cover) + colour * cover
+        image[box] = image[box] * (1 - cover) + colour * cover
         labels[box][ink > _INK_THRESHOLD] = targets[index]
-    noise = rng.normal(0, 4, picture.shape)
-    return np.clip(picture + noise, 0, 255).astype(np.uint8), labels
+    noise = rng.normal(0, 4, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), labels
 
 
 def sources(split: str) -> tuple[np.ndarray, np.ndarray, list]:
@@ -180,9 +180,9 @@ def build(
             # Each split has its own random stream: more training scenes do not change the others.
             rng = np.random.default_rng([seed, number])
             for index in range(count):
-                picture, labels = make_scene(digits, targets, photos, size, rng)
+                image, labels = make_scene(digits, targets, photos, size, rng)
                 name = f'{index:05d}.png'
-                cv2.imwrite(str(folder / 'images' / split / name), picture)
+                cv2.imwrite(str(folder / 'images' / split / name), image)
                 cv2.imwrite(str(folder / 'annotations' / split / name), labels)
 
     return write_dataset(Path(out_dir), manifest, write)

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 SIZE = 16
 
 
-def to_picture(digit: np.ndarray) -> np.ndarray:
+def to_image(digit: np.ndarray) -> np.ndarray:
     """Turn an (8, 8) digit of values 0 to 16 into a (16, 16) grey image, uint8."""
     grey = digit.astype(np.float32) * (255 / 16)
     return np.rint(cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)).astype(np.uint8)
@@ -44,7 +44,7 @@ def build(out_dir: str | Path) -> bool:
         for index, (digit, target) in enumerate(zip(data.images, data.target, strict=True)):
             split = 'test' if index % 5 == 0 else 'train'
             path = folder / split / str(target) / f'{index:04d}.png'
-            cv2.imwrite(str(path), to_picture(digit))
+            cv2.imwrite(str(path), to_image(digit))
 
     return write_dataset(Path(out_dir), dict(dataset='digits', version=1, size=SIZE), write)
 

@@ -101,7 +101,7 @@ def _at(values: Mapping[int, float], count: int) -> float:
 # --- Charts ---------------------------------------------------------------------------------
 
 
-def picture(study: Study, runs: Runs) -> Figure:
+def chart(study: Study, runs: Runs) -> Figure:
     """Draw the study's chart.
 
     Where equilibria are compared, accuracy against evaluations of f at test time; else accuracy

@@ -16,7 +16,7 @@ class Row:
     """One row of a study, trained once for each seed.
 
     Args:
-        title: What tables and pictures call it.
+        title: What tables and plots call it.
         config: Stem of a file in configs/.
         options: Settings that win over the config, as ``--cfg-options`` do.
         warmup_share: Share of the iterations in which f is unrolled and smoothed (paper, §3.3).

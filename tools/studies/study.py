@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         show_rows(study, jobs, args)
     elif args.table or args.plot is not None:
-        from _report import picture, read_results, table
+        from _report import chart, read_results, table
 
         runs = read_results(study, Path(args.out) / args.study)
         runs = {name: row for name, row in runs.items() if name in (args.rows or study.rows)}
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.plot is not None:
             path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(study, runs).savefig(path, dpi=120)
+            chart(study, runs).savefig(path, dpi=120)
             print(path)
     else:
         # Like Ctrl-C: running processes are stopped as well, and continue the next time.

@@ -198,9 +198,7 @@ class MDEQBackbone(BaseModule):
         problem = self.problem(x)
         # The layer itself requires a gradient of z. Without this check, a frozen backbone would
         # build a graph and solve for an adjoint that nobody needs.
-        wanted = problem.injection.requires_grad or any(
-            p.requires_grad for p in self.cell.parameters()
-        )
+        wanted = problem.injection.requires_grad or _trains(self.cell)
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             features = self.implicit(problem)
         # As other backbones give them, which heads that view() rely on.
@@ -249,6 +247,21 @@ class MDEQBackbone(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a parameter below ``module`` requires grad.
+
+    A replica made by ``nn.DataParallel`` has no parameters: plain tensors stand for them.
+    """
+    return any(
+        tensor.requires_grad
+        for part in module.modules()
+        for tensor in (
+            *part.parameters(recurse=False),
+            *getattr(part, '_former_parameters', {}).values(),
+        )
+    )
 
 
 def _call(cell: nn.Module, states: Sequence[Tensor], injection: Tensor) -> list[Tensor]:

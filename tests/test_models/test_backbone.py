@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -209,6 +210,26 @@ def test_frozen_stages_and_norm_eval():
     whole = tiny(frozen_stages=2).train()
     assert not any(p.requires_grad for p in whole.parameters())
     assert not any(m.training for m in (whole.stem, whole.injection, whole.cell))
+
+
+def test_a_replica_of_data_parallel_trains_f_behind_a_frozen_stem(monkeypatch):
+    """Replicas hold plain tensors in place of parameters; their copies are made here on the CPU."""
+    module = sys.modules['torch.nn.parallel.replicate']
+
+    def copies(tensors, devices, detach=False):
+        return [[t.detach() if detach else t * 1 for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, '_broadcast_coalesced_reshape', copies)
+    net, x = contracting(tiny(frozen_stages=1)).train(), torch.randn(2, 3, 16, 16)
+    (replica,) = module.replicate(net, [0])
+    assert not list(replica.parameters())
+    grads = []
+    for made in (replica, net):
+        torch.manual_seed(0)
+        sum(out.square().sum() for out in made(x)).backward()
+        grads.append([p.grad.clone() for p in net.cell.parameters()])
+        net.zero_grad()
+    torch.testing.assert_close(*grads)
 
 
 def test_stem_injection_as_released():

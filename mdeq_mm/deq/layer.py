@@ -213,12 +213,13 @@ class ImplicitLayer(nn.Module):
             watched = _Watched(problem.plain())
             out = self.gradient(watched, solution, self._reports.took_backward)
             self._keep_penalty(self.regularizer(watched.z, watched.out))
-        if isinstance(problem, FunctionProblem):
+        # Rows solved apart from their batch differ from it by rounding, which f may amplify.
+        if rows is None:
             self._check_function(solution, out.detach())
         return out
 
     def _check_function(self, solution: Solution, out: Tensor) -> None:
-        """Warn if f(z*) shows that a user's f changes from call to call.
+        """Warn if f(z*) shows that f changes from call to call.
 
         Checks only the first pass of each mode, because the check waits for the device.
         """
@@ -330,7 +331,8 @@ def _other_residual(solution: Solution, out: Tensor) -> tuple[float, float] | No
 def _warn_of_changing_function(reported: float, residual: float) -> None:
     warnings.warn(
         'f is not the same function at each call: the solve ended at a residual of '
-        f'{reported:.2g}, and the next call gives {residual:.2g}. Look for dropout, noise, and '
+        f'{reported:.2g}, and the next call gives {residual:.2g}. Look for dropout other than '
+        'mdeq_mm.layers.VariationalDropout2d, which keeps its mask, for noise, and for '
         'norms that update themselves, such as spectral norm. Give f as a module, not as a '
         'function around one, and compile it by torch.compile(f), not by f.compile(): its weights '
         'are then computed once a forward pass. Draw masks and noise before the call of the layer.',

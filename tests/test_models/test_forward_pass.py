@@ -231,6 +231,38 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
 
 
 @MODELS.register_module()
+class DropoutCell(nn.Module):
+    """One scale, with a mask of its own at each call."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.drop = nn.Dropout(0.3)
+
+    def state_shapes(self, injection):
+        return [(self.channels, *injection.shape[-2:])]
+
+    def forward(self, states, injection):
+        return [0.5 * self.drop(states[0]) + injection]
+
+
+def test_a_cell_that_changes_from_call_to_call_is_named_once():
+    net = MODELS.build(
+        dict(
+            type='MDEQBackbone',
+            channels=(8,),
+            cell=dict(type='DropoutCell', channels=8),
+            solver=dict(type='Anderson', max_iter=6),
+            gradient=dict(type='JacobianFreeGradient'),
+        )
+    )
+    with pytest.warns(UserWarning, match='f is not the same.*VariationalDropout2d') as caught:
+        for training in (True, True, False):
+            net.train(training)(torch.ones(1, 3, 8, 8))
+    assert len(caught) == 1
+
+
+@MODELS.register_module()
 class SpectralCell(nn.Module):
     """One scale: z -> tanh(0.7 W z + x) with |W| near 1, by either of torch's spectral norms."""
 

@@ -8,7 +8,6 @@ import argparse
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from mmengine.registry import MODELS, TASK_UTILS, DefaultScope, init_default_sco
 from packaging.requirements import Requirement
 
 import mdeq_mm  # noqa: F401
+
+from .processes import run, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob('docs/*.md')) + [ROOT / 'README.md']
@@ -42,14 +43,7 @@ def commands_of(page):
     if len(script) == 1:
         return []
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    done = subprocess.run(
-        ['bash', '-c', '\n'.join(script)],
-        cwd=ROOT,
-        env={**os.environ, 'PATH': path},
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(['bash', '-c', '\n'.join(script)], cwd=ROOT, env={'PATH': path})
     return [block.split('\n') for block in done.stdout.strip('\n').split('\n\n')]
 
 
@@ -154,11 +148,7 @@ def check_pip(verb, *arguments):
 
 def check_module(name, *arguments):
     """A module run by ``python -m``: cheap enough to run."""
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, '-m', name, *arguments], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout, done.stderr
+    assert run_python('-m', name, *arguments).stdout
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -211,19 +201,12 @@ CHEAP = ('tools/dataset_converters/digits.py', 'tools/analysis_tools/get_flops.p
 def test_cheap_command_runs(command, tmp_path):
     for name in ('tools', 'configs'):
         (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run(
-        [sys.executable, *command[1:]],
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout, done.stderr
+    assert run_python(*command[1:], cwd=tmp_path).stdout
 
 
 def test_the_figure_of_the_data_flow_is_drawn(tmp_path):
     script = ROOT / 'docs/images/data_flow.py'
-    subprocess.run([sys.executable, str(script), str(tmp_path / 'a.png')], check=True)
+    run_python(script, tmp_path / 'a.png')
     assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import mdeq_mm  # noqa: F401
 from tools import train
 
 from .mini_datasets import write_cityscapes
+from .processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs/baselines.md').read_text()
@@ -127,11 +127,11 @@ def test_a_command_of_the_page_trains(tmp_path, monkeypatch):
     # The shell expands the commands; the second one runs in this process.
     script = '\n'.join(['set -e', *setting, f'echo {classifier}', f'echo {segmentor}'])
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    out = subprocess.run(
-        ['bash', '-c', script], env={**os.environ, 'PATH': path}, text=True, capture_output=True
-    ).stdout
+    out = run(['bash', '-c', script], env={'PATH': path}).stdout
     configs = [line.split()[2] for line in out.splitlines()]
-    assert len(configs) == 2 and all(Path(config).is_file() for config in configs)
+    assert len(configs) == 2
+    for config in configs:
+        assert Path(config).is_file(), config
 
     data = write_cityscapes(tmp_path / 'cityscapes')
     options = [

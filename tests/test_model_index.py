@@ -1,8 +1,6 @@
 """model-index.yml and the metafiles, as mmpretrain's model hub reads them."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import yaml
 import mdeq_mm
 from mdeq_mm.model_index import config_root, packaged_weights
 
+from .processes import run_python
 from .recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,24 +149,16 @@ def test_a_wheel_reads_its_own_copy(tmp_path, monkeypatch):
 def test_a_built_package_serves_models_from_a_foreign_folder(tmp_path):
     pytest.importorskip('mmpretrain')
     build = ['build', '--build-base', str(tmp_path), '--build-lib', str(tmp_path / 'lib')]
-    command = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), *build]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    command = ['setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), *build]
+    run_python(*command, cwd=ROOT)
     mim = tmp_path / 'lib/mdeq_mm/.mim'
-    assert all((mim / name).is_file() for name in ('model-index.yml', *FILES))
+    assert [n for n in ('model-index.yml', *FILES) if not (mim / n).is_file()] == []
     code = (
         'import mdeq_mm; mdeq_mm.register_models()\n'
         'from mmpretrain import get_model\n'
         "model = get_model('mdeq_tiny_digits', pretrained=True)\n"
         'print(model._config.filename, model._metainfo.weights)'
     )
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path / 'lib')},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python('-c', code, cwd=tmp_path, env={'PYTHONPATH': str(tmp_path / 'lib')})
     weights = tmp_path / 'lib/mdeq_mm/weights/mdeq_tiny_digits.pth'
-    assert done.stdout.splitlines()[-1] == f'{mim / "configs/mdeq_tiny_digits.py"} {weights}', (
-        done.stderr
-    )
+    assert done.stdout.splitlines()[-1] == f'{mim / "configs/mdeq_tiny_digits.py"} {weights}'

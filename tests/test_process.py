@@ -5,13 +5,13 @@ import platform
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mdeq_mm.threads import SPIN_COUNT
+
+from .processes import run, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
@@ -59,14 +59,10 @@ runpy.run_path({str(THREADS)!r})['bound_spinning']()
 def report(code, *arguments, **env):
     """What REPORT and, before it, ``code`` printed last, as words."""
     chosen = ('GLIBC_TUNABLES', 'LD_PRELOAD', *POLICIES)
-    rest = {k: v for k, v in os.environ.items() if k not in chosen and not k.startswith('MALLOC_')}
-    done = subprocess.run(
-        [sys.executable, '-c', f'{code}\n{REPORT}', *map(str, arguments)],
-        env={**rest, 'PYTHONPATH': str(ROOT), **env},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    for name in os.environ:
+        if name in chosen or name.startswith('MALLOC_'):
+            env.setdefault(name, None)
+    done = run_python('-c', f'{code}\n{REPORT}', *arguments, env={'PYTHONPATH': str(ROOT), **env})
     return ' '.join(done.stdout.splitlines()[-2:]).split()
 
 
@@ -129,7 +125,7 @@ def test_another_allocator_is_left_alone(tmp_path):
         'void *__libc_malloc(size_t size);\n'
         'void *malloc(size_t size) { return __libc_malloc(size); }\n'
     )
-    subprocess.run(['cc', '-shared', '-fPIC', source, '-o', library], check=True)
+    run(['cc', '-shared', '-fPIC', source, '-o', library])
     assert report(KEEP, LD_PRELOAD=str(library)) == ['False', 'None', 'False']
 
 
@@ -140,12 +136,6 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
 @pytest.mark.parametrize('policy, expected', [({}, SPIN_COUNT), (dict(OMP_WAIT_POLICY='x'), '')])
 def test_make_bounds_it_by_as_much(policy, expected):
-    env = {k: v for k, v in os.environ.items() if k not in POLICIES}
-    done = subprocess.run(
-        ['make', '--eval', 'spin: ; @echo "spin $$GOMP_SPINCOUNT"', 'spin'],
-        cwd=ROOT,
-        env={**env, **policy},
-        capture_output=True,
-        text=True,
-    )
-    assert re.search(rf'^spin {expected}$', done.stdout, re.MULTILINE), done.stdout + done.stderr
+    command = ['make', '--eval', 'spin: ; @echo "spin $$GOMP_SPINCOUNT"', 'spin']
+    done = run(command, cwd=ROOT, env={**dict.fromkeys(POLICIES), **policy})
+    assert re.search(rf'^spin {expected}$', done.stdout, re.MULTILINE)

@@ -4,7 +4,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from mdeq_mm.model_index import packaged_weights
 from tools.analysis_tools import inference
 from tools.dataset_converters import digits
 from tools.model_converters import publish
+
+from .processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = packaged_weights()
@@ -107,9 +108,9 @@ def test_the_hub_loads_them_by_name():
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 def test_make_try_paints_a_right_prediction(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    shown = subprocess.run(
-        ['make', '-n', 'try', f'TRY={tmp_path}'], check=True, text=True, capture_output=True
-    ).stdout
+    shown = run(['make', '-n', 'try', f'TRY={tmp_path}']).stdout
+    # What the recipe's own programs print is what is read below.
+    capsys.readouterr()
     lines = shown.replace('\\\n', ' ').splitlines()
     commands = [shlex.split(line) for line in lines if re.match(r'\S*/python tools/', line)]
     assert len(commands) == 2, shown

@@ -1,13 +1,10 @@
 """Python in a process of its own, without some modules."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..processes import ROOT, run_python
 
 # Runs before a program's first line, and hides the modules named in HIDDEN from it.
 BLOCKER = """
@@ -27,12 +24,10 @@ sys.meta_path.insert(0, Hide())
 def python_without(tmp_path):
     """Runs Python in a process of its own that cannot import some modules."""
 
-    def run(hidden, *arguments, folder=tmp_path):
+    def run(hidden, *arguments, folder=tmp_path, expect=0):
         (tmp_path / 'sitecustomize.py').write_text(BLOCKER)
         path = os.pathsep.join([str(tmp_path), str(ROOT)])
-        env = {**os.environ, 'PYTHONPATH': path, 'HIDDEN': hidden}
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True
-        )
+        env = {'PYTHONPATH': path, 'HIDDEN': hidden}
+        return run_python(*arguments, cwd=folder, env=env, expect=expect)
 
     return run

@@ -2,14 +2,14 @@
 
 import importlib.metadata
 import importlib.util
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 
 from mdeq_mm import check, compat
+
+from ..processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE_OF = {name: package.module for package in compat.PACKAGES for name in package.distributions}
@@ -159,8 +159,8 @@ def test_check_knows_who_needs_compiled_operators(
 
 @pytest.mark.parametrize('hidden', ['mmengine', 'mmengine mmcv mmseg mmpretrain', 'torch', 'numpy'])
 def test_check_answers_where_the_package_cannot_be_imported(python_without, hidden):
-    done = python_without(hidden, '-m', 'mdeq_mm.check')
-    assert done.returncode == 1 and not done.stderr
+    done = python_without(hidden, '-m', 'mdeq_mm.check', expect=1)
+    assert not done.stderr
     table, _, rest = done.stdout.partition('\n\n')
     assert len(table.splitlines()) == 4 + len(compat.PACKAGES)
     for module in hidden.split():
@@ -197,16 +197,16 @@ print(mdeq_mm.deq.__name__)
 @pytest.mark.parametrize('hidden', ['mmengine mmcv', 'mmengine mmcv mmseg mmpretrain mmdet'])
 def test_the_core_works_where_no_openmmlab_package_is(python_without, hidden):
     done = python_without(hidden, '-c', CORE_ALONE)
-    assert done.stdout == 'mdeq_mm.deq\n', done.stderr
-    done = python_without(f'{hidden} torch', '-c', 'import mdeq_mm')
+    assert done.stdout == 'mdeq_mm.deq\n'
+    done = python_without(f'{hidden} torch', '-c', 'import mdeq_mm', expect=1)
     assert "No module named 'torch'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('module', ['mmengine', 'mmcv', 'torch', 'numpy'])
 def test_a_user_of_a_broken_environment_is_sent_to_the_check(python_without, module):
-    done = python_without(module, '-c', 'import mdeq_mm')
+    done = python_without(module, '-c', 'import mdeq_mm', expect=1)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode and last.startswith('ImportError: ')
+    assert last.startswith('ImportError: ')
     assert 'python -m mdeq_mm.check' in last and 'Fix it with: pip' in last
 
 
@@ -214,26 +214,23 @@ def test_a_module_that_is_there_and_broken_is_named(python_without, tmp_path):
     # Found, so that the stack looks complete, but broken inside.
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv/__init__.py').write_text("raise ImportError('libmade_up.so: not found')\n")
-    done = python_without('', '-m', 'mdeq_mm.check')
-    assert done.returncode == 1 and not done.stderr
+    done = python_without('', '-m', 'mdeq_mm.check', expect=1)
+    assert not done.stderr
     assert 'mmcv is installed but cannot be imported: ImportError: libmade_up.so' in done.stdout
-    done = python_without('', '-c', 'import mdeq_mm')
-    assert done.returncode and 'libmade_up.so' in done.stderr.splitlines()[-1]
+    done = python_without('', '-c', 'import mdeq_mm', expect=1)
+    assert 'libmade_up.so' in done.stderr.splitlines()[-1]
     assert 'python -m mdeq_mm.check' in done.stderr.splitlines()[-1]
 
 
 def test_a_check_by_assert_inside_a_package_is_one_sentence(python_without, tmp_path):
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv/__init__.py').write_text("assert False, 'mmengine is too old'\n")
-    done = python_without('', '-c', 'import mdeq_mm')
+    done = python_without('', '-c', 'import mdeq_mm', expect=1)
     last = done.stderr.splitlines()[-1]
     assert last.startswith('ImportError: mdeq_mm cannot be imported (AssertionError: mmengine is')
-    done = python_without('', '-m', 'mdeq_mm.check')
-    assert done.returncode == 1 and not done.stderr and 'mmengine is too old' in done.stdout
+    done = python_without('', '-m', 'mdeq_mm.check', expect=1)
+    assert not done.stderr and 'mmengine is too old' in done.stdout
 
 
 def test_the_check_is_content_with_this_environment():
-    done = subprocess.run(
-        [sys.executable, '-m', 'mdeq_mm.check'], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python('-m', 'mdeq_mm.check')

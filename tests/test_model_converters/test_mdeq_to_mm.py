@@ -1,9 +1,6 @@
 """The converter: every key style, the same function, and no output file after an error."""
 
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +12,8 @@ from torch.nn.utils import parametrize
 import mdeq_mm  # noqa: F401
 from tools.model_converters import mdeq_to_mm as converter
 
+from ..processes import run_python
 from .official import (
-    ROOT,
     OfficialNet,
     backbone_cfg,
     build_classifier,
@@ -378,13 +375,8 @@ def test_an_unwritable_target_is_an_error(tmp_path, capsys):
 
 
 def test_a_missing_source_is_one_line_from_the_command(tmp_path):
-    done = subprocess.run(
-        [sys.executable, converter.__file__, str(tmp_path / 'none.pth'), str(tmp_path / 'mm.pth')],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )
-    assert done.returncode == 1
+    paths = tmp_path / 'none.pth', tmp_path / 'mm.pth'
+    done = run_python(converter.__file__, *paths, expect=1)
     message = [line for line in done.stderr.splitlines() if line.startswith('error:')]
     assert len(message) == 1 and str(tmp_path / 'none.pth') in message[0]
     assert 'Traceback' not in done.stderr

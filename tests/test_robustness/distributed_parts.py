@@ -1,6 +1,9 @@
 """What the processes of test_distributed.py run: parts for configs, and the work of a pair."""
 
 import datetime
+import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -149,7 +152,7 @@ def samples_of(rank: int) -> list:
     return list(zip(images, torch.randint(3, (8,), generator=generator)))
 
 
-def train(rank: int, work_dir: str, gradient: str) -> Dict[str, Any]:
+def train(rank: int, gradient: str) -> Dict[str, Any]:
     """Four iterations: two unrolled, the first of them smooth, then two at equilibrium."""
     torch.manual_seed(0)
     net = MMDistributedDataParallel(
@@ -160,7 +163,7 @@ def train(rank: int, work_dir: str, gradient: str) -> Dict[str, Any]:
     pairs = zip(samples_of(0), samples_of(1))
     runner = Runner(
         model=net,
-        work_dir=work_dir,
+        work_dir='.',
         train_dataloader=dict(
             batch_size=2,
             dataset=[sample for pair in pairs for sample in pair],
@@ -186,8 +189,7 @@ def train(rank: int, work_dir: str, gradient: str) -> Dict[str, Any]:
     weights = {key: value.detach() for key, value in net.module.named_parameters()}
     result = dict(seen=probe.seen, grads=probe.grads, weights=weights)
     result['running_mean'] = buffers['backbone.stem.0.bn.running_mean']
-    if gradient == 'ImplicitGradient':
-        result['uneven'] = uneven_reports(rank, runner)
+    result['runner'] = runner
     return result
 
 
@@ -229,19 +231,32 @@ def sharded_steps() -> Dict[str, Dict[str, Tensor]]:
     }
 
 
-def work(rank: int, folder: str) -> None:
-    """Everything a pair of processes is asked to do; the results are in ``rank*.pt``."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/meeting',
-        rank=rank,
-        world_size=2,
-        # A process that waits for the other in vain raises an error.
-        timeout=datetime.timedelta(seconds=60),
-    )
-    results: Dict[str, Any] = {name: train(rank, folder, name) for name in GRADIENTS}
-    results['masks'] = masks_of_one_seed()
-    results['sharded'] = sharded_steps()
-    torch.save(results, Path(folder) / f'pair{rank}.pt')
+def work() -> None:
+    """All a pair of processes is asked to do; the results are in ``pair*.pt``.
+
+    A part that raises has its traceback there, and the ones after it say so.
+    """
+    rank = int(os.environ['RANK'])
+    # A process that waits for the other in vain says so.
+    torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=60))
+    parts: Dict[str, Callable[[], Any]] = {
+        name: lambda name=name: train(rank, name) for name in GRADIENTS
+    }
+    parts['uneven'] = lambda: uneven_reports(rank, results['ImplicitGradient']['runner'])
+    parts['masks'] = lambda: dict(drawn=masks_of_one_seed())
+    parts['sharded'] = sharded_steps
+    results: Dict[str, Any] = {}
+    failed = None
+    for name, part in parts.items():
+        if failed is not None:
+            # The processes may no longer be at one place, and would wait for each other.
+            results[name] = dict(error=f'not tried, because {failed} failed')
+            continue
+        try:
+            results[name] = part()
+        except Exception:
+            results[name], failed = dict(error=traceback.format_exc()), name
+    for result in results.values():
+        result.pop('runner', None)
+    torch.save(results, f'pair{rank}.pt')
     torch.distributed.destroy_process_group()

@@ -1,9 +1,12 @@
-"""Two processes on CPUs (gloo) give the result of one process with both their batches."""
+"""Two processes on CPUs (gloo) give the result of one process with both their batches.
+
+The launchers are started where they are what is tested. Elsewhere both processes are forked, with
+the environment that a launcher would give them.
+"""
 
 import json
-import os
 import re
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from torch.testing import assert_close
 
 from tools import test, train
 
+from .. import forked, processes
 from ..mini_datasets import write_cityscapes, write_class_folders
 from .distributed_parts import GRADIENTS, work
 from .test_sharded import make, step
@@ -107,19 +111,39 @@ IN_PROCESS = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 
 
 def launch(script: str, cwd: Path, *args, expect: int = 0) -> str:
     """Run a launcher with two processes as a user does; return all that was printed."""
-    env = {**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': ''}
-    # Without a limit, a process group that is left behind hangs for ever.
-    done = subprocess.run(
-        ['bash', REPO / 'tools' / script, *map(str, args)],
-        cwd=cwd,
-        env={**env, 'OMP_NUM_THREADS': '1'},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=240,
+    env = {'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    command = ['bash', REPO / 'tools' / script, *args]
+    # A process group that stays hangs for ever without a limit.
+    done = processes.run(
+        command, expect, env, limit=240, cwd=cwd, stderr=processes.subprocess.STDOUT
     )
-    assert done.returncode == expect, done.stdout[-6000:]
     return done.stdout
+
+
+def train_here(argv: list[str]) -> None:
+    """What each of two forked processes does."""
+    import train
+
+    train.main(argv)
+
+
+def fork_pair(function, *args, folder: Path) -> None:
+    """Call a function in both of two processes, as ranks of a group."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE='2')
+    pair = [
+        forked.start(
+            function,
+            *args,
+            folder=folder,
+            log=f'rank{rank}.txt',
+            env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in (0, 1)
+    ]
+    forked.finish(pair)
 
 
 class Task:
@@ -164,7 +188,9 @@ def task(request, tmp_path_factory):
     pytest.importorskip(dict(seg='mmseg', cls='mmpretrain')[request.param])
     task = Task(request.param, tmp_path_factory.mktemp(request.param))
     task.batch_size = dict(seg=2, cls=3)[request.param]
-    launch('dist_train.sh', task.folder, task.config, 2, *task.flags('the pair', task.batch_size))
+    flags = task.flags('the pair', task.batch_size)
+    argv = [str(task.config), '--launcher', 'pytorch', *flags]
+    fork_pair(train_here, argv, folder=task.folder)
     return task
 
 
@@ -199,6 +225,7 @@ def test_two_processes_train_as_one_does(task):
     assert together == alone and len(alone) == 1
 
 
+@pytest.mark.parametrize('task', ['cls'], indirect=True)
 def test_two_processes_evaluate_as_one_does(task):
     """The data sets are of odd size: the sampler repeats an image, which must not count."""
     flags = task.flags('test', task.batch_size)
@@ -237,21 +264,30 @@ def test_a_failing_process_ends_the_run(tmp_path):
 def pair(tmp_path_factory):
     """Give what each of two processes saw, which ``distributed_parts.work`` describes."""
     folder = tmp_path_factory.mktemp('pair')
-    context = torch.multiprocessing.spawn(work, (str(folder),), nprocs=2, join=False)
     # A process waiting in a collective for 60 s raises, which ends both.
-    while not context.join():
-        pass
-    return [torch.load(folder / f'pair{rank}.pt', weights_only=True) for rank in (0, 1)]
+    fork_pair(work, folder=folder)
+    results = [torch.load(folder / f'pair{rank}.pt', weights_only=True) for rank in (0, 1)]
+
+    def of(*names):
+        """What both processes have under some names; a part that failed fails who asks for it."""
+        for rank, result in enumerate(results):
+            for name in names:
+                if 'error' in result[name]:
+                    pytest.fail(f'process {rank}, {name}:\n{result[name]["error"]}', pytrace=False)
+        parts = [{name: result[name] for name in names} for result in results]
+        return parts if len(names) > 1 else [part[names[0]] for part in parts]
+
+    return of
 
 
 @pytest.mark.parametrize('gradient', GRADIENTS)
 def test_every_parameter_gets_its_gradient_before_and_after_the_warmup(pair, gradient):
     """Without find_unused_parameters: a parameter that was missed makes the next step raise."""
-    first, second = (results[gradient] for results in pair)
+    first, second = pair(gradient)
     assert len(first['grads']) == 4
     for ours, theirs in zip(first['grads'], second['grads'], strict=True):
         assert ours.keys() == first['weights'].keys()
-        assert all(grad.isfinite().all() for grad in ours.values())
+        assert [name for name, grad in ours.items() if not grad.isfinite().all()] == []
         assert_close(ours, theirs, rtol=0, atol=0)
     assert_close(first['weights'], second['weights'], rtol=0, atol=0)
     # Three unrolled layers until the second iteration, then a solve and the call for the graph.
@@ -262,21 +298,22 @@ def test_every_parameter_gets_its_gradient_before_and_after_the_warmup(pair, gra
 
 
 def test_batch_norm_takes_each_process_s_own_batch(pair):
-    means = [results['ImplicitGradient']['running_mean'] for results in pair]
-    assert not torch.allclose(*means)
+    first, second = (found['running_mean'] for found in pair('ImplicitGradient'))
+    assert not torch.allclose(first, second), f'both have {first.tolist()}'
 
 
 def test_solves_of_different_length_wait_for_nobody(pair):
     """A collective within either solve would be called more often by one of the processes."""
     for name in GRADIENTS:
         passes = ('forward', 'backward') if name == 'ImplicitGradient' else ('forward',)
-        for first, second in zip(*(results[name]['seen'][2:] for results in pair)):
+        for first, second in zip(*(found['seen'][2:] for found in pair(name))):
             for solve in passes:
-                assert first[solve]['longest'] > 2 * second[solve]['longest']
+                calls = [seen[solve]['longest'] for seen in (first, second)]
+                assert calls[0] > 2 * calls[1], (name, solve)
 
 
 def test_statistics_are_means_over_processes(pair):
-    first, second = (results['ImplicitGradient']['seen'][2:] for results in pair)
+    first, second = (found['seen'][2:] for found in pair('ImplicitGradient'))
     for one, two in zip(first, second):
         assert one['logged'] == two['logged'] and len(one['logged']) == 8
         for prefix, solve in (('deq_', 'forward'), ('deq_bwd_', 'backward')):
@@ -287,7 +324,7 @@ def test_statistics_are_means_over_processes(pair):
 
 
 def test_a_process_with_nothing_to_report_neither_counts_nor_blocks(pair):
-    one, two = (results['ImplicitGradient']['uneven'] for results in pair)
+    one, two = pair('uneven')
     assert one['logged'] == two['logged']
     logged = one['logged']
     # Only the first process evaluated anything, and only it had a backward solve.
@@ -299,8 +336,9 @@ def test_a_process_with_nothing_to_report_neither_counts_nor_blocks(pair):
 
 def test_masks_differ_between_processes_and_iterations_but_not_within_a_solve(pair):
     for name in GRADIENTS:
-        first, second = (results[name]['seen'] for results in pair)
-        assert all(seen['constant'] for seen in (*first, *second))
+        first, second = (found['seen'] for found in pair(name))
+        for found in (first, second):
+            assert [seen['constant'] for seen in found] == [True] * len(found), name
         for one, two in zip(first, second):
             for ours, theirs in zip(one['masks'], two['masks'], strict=True):
                 assert not torch.equal(ours, theirs)
@@ -311,14 +349,14 @@ def test_masks_differ_between_processes_and_iterations_but_not_within_a_solve(pa
 
 def test_sharded_over_two_processes_a_net_steps_as_the_plain_one(pair):
     _, expected = step(make('Anderson', GRADIENTS['ImplicitGradient'], 0.0))
-    for results in pair:
-        for got in results['sharded'].values():
+    for results in pair('sharded'):
+        for got in results.values():
             assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_masks_differ_between_processes_of_one_seed(pair):
     """As in MM's own runtime configs, where every process starts from the same seed."""
-    first, second = (results['masks'] for results in pair)
+    first, second = (found['drawn'] for found in pair('masks'))
     assert first.shape == second.shape == (2, 4, 32, 1, 1)
     # Four masks of 4 x 32 fair coins: equal halves, and all unrelated.
     masks = torch.cat([first, second]).flatten(1) > 0

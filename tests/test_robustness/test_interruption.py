@@ -1,16 +1,13 @@
 """Killed while training, then resumed: equal to an uninterrupted run, to the last bit.
 
-Each run is a process of its own, forked from a server that has imported what training needs.
+Each run is a process of its own.
 """
 
 import functools
-import gc
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +17,13 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from .. import forked
 from ..mini_datasets import write_cityscapes, write_class_folders
 
 pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 
 REPO = Path(__file__).resolve().parents[2]
-PROCESSES = multiprocessing.get_context('forkserver')
-# What MM imports lazily: otherwise seconds in each process.
-PARTS = ('datasets', 'engine', 'evaluation', 'models', 'visualization')
-PRELOADED = [f'{package}.{part}' for package in ('mmseg', 'mmpretrain') for part in PARTS]
-PROCESSES.set_forkserver_preload([*PRELOADED, 'matplotlib.pyplot', 'torch._dynamo', 'mdeq_mm'])
 BACKBONE = """
     backbone=dict(
         type='MDEQBackbone',
@@ -147,22 +140,11 @@ class KillWhileWriting(Hook):
         LocalBackend.put = put
 
 
-def train_here(folder, argv):
-    """What a process does: train.py's main, its output into ``log.txt``."""
-    # What the server imported is not garbage to collect.
-    gc.freeze()
-    os.chdir(folder)
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    torch.set_num_threads(1)
-    # Every process starts with the server's state and would draw the same seed for its run.
+def train_here(argv):
+    """What a process does: train.py's main."""
+    # Every process begins with the state of one server, and would draw the same seed for its run.
     np.random.seed(len(argv))
-    log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.path.insert(0, str(REPO / 'tools'))
     import train
-
-    from tests import plain_dump  # noqa: F401
 
     train.main(argv)
 
@@ -177,7 +159,7 @@ def data(tmp_path_factory):
 
 
 def run(folder, data, task, *flags, kill='', work_dir='work', workers=0, options=()):
-    """Train in a process of its own; its exit status."""
+    """Train in a process of its own, which a hook may ``kill``."""
     hooks = ', '.join(filter(None, (HOOKS_OF[task], kill)))
     (folder / f'{task}.py').write_text(f'{CONFIGS[task]}custom_hooks = [{hooks}]\n')
     loaders = [f'val_dataloader.{key}' for key in ('num_workers=0', 'persistent_workers=False')]
@@ -185,10 +167,7 @@ def run(folder, data, task, *flags, kill='', work_dir='work', workers=0, options
     loaders += ['crop_size=(32,32)'] if task == 'seg' else []
     argv = [f'{task}.py', '--work-dir', work_dir, *flags]
     argv += ['--cfg-options', *loaders, *options]
-    process = PROCESSES.Process(target=train_here, args=(str(folder), argv))
-    process.start()
-    process.join()
-    return process.exitcode
+    forked.run(train_here, argv, folder=folder, expect=KILLED if kill else 0)
 
 
 @pytest.fixture
@@ -212,7 +191,7 @@ def work(tmp_path):
 def whole(tmp_path_factory, data):
     """The folder of a segmentation run that nothing interrupted."""
     folder = tmp_path_factory.mktemp('whole')
-    assert run(folder, data, 'seg', options=SEED) == 0, (folder / 'log.txt').read_text()
+    run(folder, data, 'seg', options=SEED)
     return folder / 'work'
 
 
@@ -245,31 +224,31 @@ def assert_same_training(got, expected):
 def test_segmentation_killed_between_checkpoints(train, log, work, whole):
     """By iterations, resumed right after a validation, before the end of the warm-up."""
     kill = "dict(type='KillAtIteration', iteration=5)"
-    assert train('seg', kill=kill, options=SEED) == KILLED
+    train('seg', kill=kill, options=SEED)
     assert (work / 'last_checkpoint').read_text().endswith('iter_4.pth')
-    assert train('seg', '--resume', options=SEED) == 0, log()
+    train('seg', '--resume', options=SEED)
     assert 'resumed epoch: 0, iter: 4' in log()
     assert_same_training(work / 'iter_7.pth', whole / 'iter_7.pth')
 
 
-def test_segmentation_with_loader_processes(train, log, work):
-    """Augmentation continues where it was, in worker processes that never saw the checkpoint."""
+def test_segmentation_with_loader_processes(train, work):
+    """Augmentation goes on where it was, in processes that know nothing of the checkpoint."""
     kill = "dict(type='KillAtIteration', iteration=5)"
-    assert train('seg', kill=kill, workers=2, options=SEED) == KILLED
-    assert train('seg', '--resume', workers=2, options=SEED) == 0, log()
-    assert train('seg', work_dir='whole', workers=2, options=SEED) == 0, log()
+    train('seg', kill=kill, workers=2, options=SEED)
+    train('seg', '--resume', workers=2, options=SEED)
+    train('seg', work_dir='whole', workers=2, options=SEED)
     assert_same_training(work / 'iter_7.pth', work.with_name('whole') / 'iter_7.pth')
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_classification_killed_in_an_epoch(train, log, work, workers):
-    """By epochs, without a seed given: the resumed run takes the seed of the killed one."""
+def test_classification_killed_in_an_epoch(train, work, workers):
+    """By epochs, without a seed of its own: the resumed run takes that of the killed one."""
     kill = "dict(type='KillAtIteration', iteration=7)"
-    assert train('cls', kill=kill, workers=workers) == KILLED
+    train('cls', kill=kill, workers=workers)
     assert (work / 'last_checkpoint').read_text().endswith('epoch_2.pth')
-    assert train('cls', '--resume', workers=workers) == 0, log()
+    train('cls', '--resume', workers=workers)
     options = [f'randomness.seed={load(work / "epoch_4.pth")["meta"]["seed"]}']
-    assert train('cls', work_dir='whole', workers=workers, options=options) == 0, log()
+    train('cls', work_dir='whole', workers=workers, options=options)
     assert_same_training(work / 'epoch_4.pth', work.with_name('whole') / 'epoch_4.pth')
 
 
@@ -277,10 +256,10 @@ def test_killed_while_writing_the_only_checkpoint(train, log, work, whole):
     """The previous checkpoint is still there, and no half-written file has the name of one."""
     options = [*SEED, 'default_hooks.checkpoint.max_keep_ckpts=1']
     kill = "dict(type='KillWhileWriting', name='iter_4.pth')"
-    assert train('seg', kill=kill, options=options) == KILLED
+    train('seg', kill=kill, options=options)
     assert [path.name for path in work.glob('iter_*.pth')] == ['iter_2.pth']
     assert [path.name for path in work.glob('*.part')] == ['iter_4.pth.part']
-    assert train('seg', '--resume', options=options) == 0, log()
+    train('seg', '--resume', options=options)
     assert 'resumed epoch: 0, iter: 2' in log()
     assert_same_training(work / 'iter_7.pth', whole / 'iter_7.pth')
     assert [path.name for path in work.glob('iter_*.pth*')] == ['iter_7.pth']
@@ -289,11 +268,11 @@ def test_killed_while_writing_the_only_checkpoint(train, log, work, whole):
 def test_killed_while_a_checkpoint_is_written_over(train, log, work):
     """After a validation with a new best score MM writes the last checkpoint once more."""
     kill = "dict(type='KillWhileWriting', name='epoch_1.pth', times=2)"
-    assert train('cls', kill=kill, options=SEED) == KILLED
+    train('cls', kill=kill, options=SEED)
     assert load(work / 'epoch_1.pth')['meta']['epoch'] == 1
-    assert train('cls', '--resume', options=SEED) == 0, log()
+    train('cls', '--resume', options=SEED)
     assert 'resumed epoch: 1' in log()
-    assert train('cls', work_dir='whole', options=SEED) == 0, log()
+    train('cls', work_dir='whole', options=SEED)
     assert_same_training(work / 'epoch_4.pth', work.with_name('whole') / 'epoch_4.pth')
 
 
@@ -302,7 +281,7 @@ def test_a_truncated_latest_checkpoint_is_named_and_the_one_before_goes_on(train
     latest = work / 'iter_7.pth'
     (work / 'last_checkpoint').write_text(str(latest))
     latest.write_bytes(latest.read_bytes()[:-1000])
-    assert train('seg', '--resume', options=SEED) == 0, log()
+    train('seg', '--resume', options=SEED)
     text = ' '.join(log().split())
     words = r"WARNING: --resume: '\S*iter_7.pth' is not a checkpoint .* Going on from \S*iter_6.pth"
     assert re.search(words + '; all after iteration 6 is trained again', text), text

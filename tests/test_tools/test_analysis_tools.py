@@ -1,11 +1,8 @@
 """tools/analysis_tools: on a tiny network, from Python and from the command line."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -74,17 +71,6 @@ def save_checkpoint(config, **meta):
     model = build_model(Config.fromfile(config))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), 'random.pth')
     return 'random.pth'
-
-
-def run(name, *arguments):
-    """Run a script as a user does; its output."""
-    done = subprocess.run(
-        [sys.executable, str(REPO / 'tools/analysis_tools' / f'{name}.py'), *arguments],
-        env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'},
-        text=True,
-        capture_output=True,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 class TestPlotConvergence:

@@ -3,13 +3,18 @@
 import argparse
 import importlib
 import json
+import math
 import os
 import re
-import subprocess
+import signal
 import sys
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from mdeq_mm.kernels import extension
 from tools.benchmarks.timing import Result, interleaved
@@ -20,22 +25,23 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / 'tools/benchmarks'
 
 
-def run(*arguments, cwd=None, **variables):
-    """Python in a process of its own, where this checkout is installed.
+@pytest.fixture
+def module(monkeypatch):
+    """Give a function that imports a module of the folder by its name, as the scripts there do."""
+    names = {path.stem for path in FOLDER.glob('*.py')}
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = {name: sys.modules.pop(name, None) for name in names}
+    yield importlib.import_module
+    for name, old in before.items():
+        sys.modules.pop(name, None)
+        if old is not None:
+            sys.modules[name] = old
 
-    ``variables`` are added to its environment.
-    """
-    path = os.pathsep.join([str(REPO), str(FOLDER)])
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **variables},
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+@pytest.fixture
+def run(module):
+    """Give a function that runs a suite in this process."""
+    return lambda *arguments: module('run').main([str(argument) for argument in arguments])
 
 
 def test_ratios_are_those_of_the_minima():
@@ -57,10 +63,10 @@ def test_every_round_runs_every_candidate_once():
 
 
 @pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 8)])
-def test_suites_write_numbers_and_a_plot(tmp_path, suite, base, count):
+def test_suites_write_numbers_and_a_picture(run, tmp_path, suite, base, count):
     pytest.importorskip('mmpretrain')
     flags = ['--suite', suite, '--repeats', '1', '--batch', '1', '--nfe', '2', '--device', 'cpu']
-    run(FOLDER / 'run.py', *flags, '--out', tmp_path)
+    run(*flags, '--out', tmp_path)
     result = json.loads((tmp_path / f'{suite}.json').read_text())
     assert result['ratio'][base or result['base']] == 1
     # torchdeq, where it is installed, adds its own.
@@ -74,24 +80,39 @@ def test_suites_write_numbers_and_a_plot(tmp_path, suite, base, count):
 @pytest.mark.parametrize(
     'net, rows', [pytest.param('large', 4, marks=pytest.mark.slow), ('cityscapes', 3)]
 )
-def test_time_and_memory_stand_beside_those_of_an_explicit_net(tmp_path, net, rows):
+def test_time_and_memory_stand_beside_those_of_an_explicit_net(
+    run, module, monkeypatch, tmp_path, net, rows
+):
+    """Memory is measured of one step a row, whose process another test starts."""
     pytest.importorskip('mmpretrain')
     pytest.importorskip('mmseg')
     flags = ['--suite', 'step', '--net', net, '--repeats', '1', '--batch', '1', '--device', 'cpu']
-    run(FOLDER / 'run.py', *flags, '--crop', '64', '64', '--out', tmp_path)
+    explicit, measured = module('explicit'), []
+
+    def peak_memory(device, build, *args):
+        measured.append(args)
+        build(*args)
+        return len(measured) * 2**20
+
+    monkeypatch.setattr(explicit, 'peak_memory', peak_memory)
+    monkeypatch.setattr(explicit, 'has_bfloat16', lambda device: net == 'large')
+    run(*flags, '--crop', 64, 64, '--out', tmp_path)
     result = json.loads((tmp_path / f'step_{net}.json').read_text())
+    assert list(result['memory']['minimum'].values()) == list(range(1, len(measured) + 1))
+    shapes = {args[2] for args in measured}
+    assert shapes == {(1, 3, 32, 32) if net == 'large' else (1, 3, 64, 64)}
     for part in (result, result['memory']):
         names = [name for name in part['ratio'] if not name.endswith('bf16')]
         assert len(names) == rows and part['ratio'][names[0]] == 1 and 'MDEQ' not in names[0]
-        assert all(value > 0 for value in part['minimum'].values()), part['minimum']
+        assert min(part['minimum'].values()) > 0, part['minimum']
     assert (tmp_path / f'step_{net}.png').is_file()
 
 
-def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
+def test_fused_operations_are_timed_beside_those_of_torch(run, tmp_path):
     if extension.load():
         pytest.skip(f'no C++ operations: {extension.load()}')
     flags = ['--suite', 'f', '--repeats', '2', '--batch', '1', '--device', 'cpu']
-    run(FOLDER / 'run.py', *flags, '--out', tmp_path)
+    run(*flags, '--out', tmp_path)
     result = json.loads((tmp_path / 'f.json').read_text())
     shares, least = result['fused_over_native'], result['minimum']
     precisions = sorted({name.split(',')[0] for name in least})
@@ -109,34 +130,36 @@ def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_timed_beside_one():
-    code = 'import scale; assert len(scale.processes(1, 2, 2)["ratio"]) == 3'
-    run('-c', code)
+def test_two_processes_are_timed_beside_one(module):
+    assert len(module('scale').processes(1, 2, 2)['ratio']) == 3
 
 
-def test_peak_memory_is_what_a_block_holds_above_its_start():
-    code = """
-import numpy, time
-from memory import PeakMemory
-with PeakMemory('cpu') as memory:
-    block = numpy.ones(2**24)
-    # Until the watching thread, which looks every 2 ms, has seen it.
-    while memory.peak < 2**27:
-        pass
-assert memory.peak >= 2**27
-"""
-    run('-c', code)
+def test_peak_memory_is_what_a_block_holds_above_its_start(module):
+    with module('memory').PeakMemory('cpu') as memory:
+        block = numpy.ones(2**24)
+        # Until the watching thread, which looks every 2 ms, has seen it.
+        while memory.peak < 2**27:
+            pass
+    assert memory.peak >= 2**27 == block.nbytes
 
 
-def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
-    """A CPU in place of a GPU, with a broken mmpretrain."""
+def test_peak_memory_of_a_step_is_taken_in_a_process_of_its_own(module):
+    """A step that ends its process, which this one survives."""
+    with pytest.raises(BrokenProcessPool):
+        module('memory').peak_memory('cpu', os._exit, 3)
+    assert 'MALLOC_MMAP_THRESHOLD_' not in os.environ
+
+
+def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path, monkeypatch, run):
+    """In the place of a GPU, a CPU, on which mmpretrain is broken."""
     (tmp_path / 'mmpretrain').mkdir()
     (tmp_path / 'mmpretrain/__init__.py').write_text('raise OSError("broken | by a pipe")')
+    # Both rows are measured in other processes, which look there first.
+    monkeypatch.syspath_prepend(str(tmp_path))
     run(
-        *(FOLDER / 'run.py', '--suite', 'gpu', '--device', 'cpu', '--batch', 1, '--nfe', 2),
+        *('--suite', 'gpu', '--device', 'cpu', '--batch', 1, '--nfe', 2),
         *('--repeats', 2, '--out', tmp_path / 'out'),
         *('--only', '(ResNet|tiny.*mdeq_mm).*contiguous, (–|native), float32$'),
-        PYTHONPATH=os.pathsep.join(map(str, (tmp_path, REPO, FOLDER))),
     )
     result = json.loads((tmp_path / 'out/gpu.json').read_text())
     assert result['environment']['device'] == 'cpu' and result['batch'] == 1
@@ -154,78 +177,72 @@ def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path):
     assert float(second[6]) == pytest.approx(1e3 * min(row['seconds']), rel=1e-3)
 
 
-def test_every_combination_is_measured_once_on_a_machine(tmp_path):
-    code = """
-import json
-import pathlib
-import gpu
-from collections import Counter
-every = gpu.rows(24)
-assert len({row.name for row in every}) == len(every)
-count = Counter((row.net, row.nfe, row.code) for row in every)
-nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
-# Layouts, kernels, precisions, compiled or not.
-assert count == {
-    ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
-    **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
-    **{(*net, 'torchdeq'): 2 * 3 for net in nets},
-}
-(row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
-net, _ = gpu.build(row, gpu.torch.zeros(1, 3, 32, 32))
-assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
-assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
-assert net.channels == (32, 64, 128, 256) and net.channels_last is True
+def test_every_combination_is_measured_once_on_a_machine(module, tmp_path):
+    gpu = module('gpu')
+    every = gpu.rows(24)
+    assert len({row.name for row in every}) == len(every)
+    count = Counter((row.net, row.nfe, row.code) for row in every)
+    nets = ('tiny', (24, 24)), ('large', (18, 20)), ('large', (8, 7))
+    # Layouts, kernels, precisions, compiled or not.
+    assert count == {
+        ('ResNet-101', None, 'mmpretrain'): 2 * 3 * 2,
+        **{(*net, 'mdeq_mm'): 2 * 2 * 3 * 2 for net in nets},
+        **{(*net, 'torchdeq'): 2 * 3 for net in nets},
+    }
+    (row,) = [row for row in every if row.name == 'large 8+7, mdeq_mm, channels last, native, bf16']
+    net, _ = gpu.build(row, torch.zeros(1, 3, 32, 32))
+    assert net.implicit.solver.max_iter == 8 and net.implicit.gradient.solver.max_iter == 7
+    assert net.implicit.solver.tol == net.implicit.gradient.solver.tol == 0
+    assert net.channels == (32, 64, 128, 256) and net.channels_last is True
 
-# What was measured before on the same machine stays. Its load is another each time.
-path = pathlib.Path('gpu.json')
-assert gpu._measured_before(path, {}) == {}
-before = dict(environment=dict(name='card', load=1.0), batch=32)
-path.write_text(json.dumps(dict(before, rows=dict(a=1))))
-later = dict(before, environment=dict(name='card', load=2.0))
-assert gpu._measured_before(path, later) == dict(a=1)
-assert gpu._measured_before(path, dict(later, batch=16)) == {}
-assert gpu._measured_before(path, dict(later, environment=dict(name='other', load=1.0))) == {}
-"""
-    run('-c', code, cwd=tmp_path)
+    # What was measured before on the same machine stays. Its load is another each time.
+    path = Path(tmp_path, 'gpu.json')
+    assert gpu._measured_before(path, {}) == {}
+    before = dict(environment=dict(name='card', load=1.0), batch=32)
+    path.write_text(json.dumps(dict(before, rows=dict(a=1))))
+    later = dict(before, environment=dict(name='card', load=2.0))
+    assert gpu._measured_before(path, later) == dict(a=1)
+    assert gpu._measured_before(path, dict(later, batch=16)) == {}
+    assert gpu._measured_before(path, dict(later, environment=dict(name='other', load=1.0))) == {}
 
 
-def test_a_row_that_ends_its_process_or_lasts_too_long_is_told():
-    code = """
-import math, os
-from worker import Worker
-with Worker() as worker:
-    assert worker.run(math.sqrt, 4, limit=300) == (2, None)
-    assert worker.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
-    assert worker.run(os.abort, limit=300) == (None, 'the process ended with exit code -6')
-    # Its process has not begun yet.
-    assert worker.run(math.sqrt, 4, limit=0) == (None, 'not done after 0 s')
-    assert worker.run(math.sqrt, 9, limit=300) == (3, None)
-"""
-    run('-c', code)
+@pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
+def test_a_row_that_ends_its_process_or_lasts_too_long_is_told(module, monkeypatch):
+    fork = torch.multiprocessing.get_context('fork')
+    # Nothing here needs a process that knows nothing of this one, which takes seconds to begin.
+    monkeypatch.setattr(torch.multiprocessing, 'get_context', lambda kind: fork)
+    with module('worker').Worker() as worker:
+        assert worker.run(math.sqrt, 4, limit=300) == (2, None)
+        assert worker.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
+        killed = worker.run(signal.raise_signal, signal.SIGKILL, limit=300)
+        assert killed == (None, 'the process ended with exit code -9')
+        # It waits for a signal that nobody sends.
+        assert worker.run(signal.pause, limit=0) == (None, 'not done after 0 s')
+        assert worker.run(math.sqrt, 9, limit=300) == (3, None)
 
 
-def test_no_gpu_is_told_at_once():
-    code = 'import run; run.parse_args(["--suite", "gpu", "--device", "cuda"])'
-    with pytest.raises(AssertionError, match='finds no GPU here'):
-        run('-c', code, CUDA_VISIBLE_DEVICES='')
+def test_no_gpu_is_told_at_once(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit):
+        module('run').parse_args(['--suite', 'gpu', '--device', 'cuda'])
+    assert 'finds no GPU here' in capsys.readouterr().err
 
 
 @pytest.fixture
-def learn(monkeypatch, tmp_path):
+def learn(module, monkeypatch, tmp_path):
     """Give a function that trains by two recipes, on twenty images, to a wanted accuracy."""
     pytest.importorskip('mmpretrain')
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module('learn')
+    suite = module('learn')
     rows = {
-        name: ({**module.FEW, 'train_cfg.max_epochs': 2, 'model.backbone.drop_rate': rate}, None)
+        name: ({**suite.FEW, 'train_cfg.max_epochs': 2, 'model.backbone.drop_rate': rate}, None)
         for name, rate in (('one', 0.0), ('other', 0.1))
     }
     data = write_class_folders(tmp_path / 'digits', dict(train=2, test=1))
 
     def run(accuracy):
-        monkeypatch.setattr(module, 'candidates', lambda: rows)
-        monkeypatch.setattr(module, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
-        return module.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
+        monkeypatch.setattr(suite, 'candidates', lambda: rows)
+        monkeypatch.setattr(suite, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
+        return suite.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
 
     return run
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import subprocess
-import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 import mdeq_mm  # noqa: F401
 
 from ..mini_datasets import write_class_folders
+from ..processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NETS = ('mdeq_tiny', 'deq_tiny', 'resnet18_w8', 'node', 'anode')
@@ -249,11 +249,10 @@ study.main(['recipes', '--jobs', '1', '--out', sys.argv[2], '--work-dir', sys.ar
 
 
 def test_a_stop_stops_what_runs_and_begins_nothing_more(tmp_path):
-    command = [sys.executable, '-c', STOPPED, str(ROOT / 'tools/studies'), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python('-c', STOPPED, ROOT / 'tools/studies', tmp_path, expect=1)
     lines = [line for line in done.stdout.splitlines() if line in ('started', 'stopped')]
-    assert lines == ['started', 'stopped'], done.stdout + done.stderr
-    assert 'the same command continues' in done.stderr and done.returncode == 1
+    assert lines == ['started', 'stopped']
+    assert 'the same command continues' in done.stderr
 
 
 # --- Tables and charts ----------------------------------------------------------------------

@@ -22,10 +22,10 @@ from mdeq_mm.apis import DATALOADERS, build_runner, check_data
 from tools import test, train
 
 from ..mini_datasets import write_cityscapes, write_class_folders
+from ..processes import run_python
 
 REPO = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, str(REPO / 'tools/train.py')]
-TEST = [sys.executable, str(REPO / 'tools/test.py')]
+TRAIN, TEST = REPO / 'tools/train.py', REPO / 'tools/test.py'
 
 TINY_BACKBONE = """
     backbone=dict(
@@ -116,7 +116,7 @@ def seg_checkpoint(tmp_path_factory, cityscapes):
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'seg.py').write_text(SEGMENTOR)
     options = ['--cfg-options', f'data_root={cityscapes}', 'crop_size=(32,64)', *IN_PROCESS]
-    run([*TRAIN, 'seg.py', '--no-validate', *options], folder)
+    run(TRAIN, 'seg.py', '--no-validate', *options, cwd=folder)
     return str(folder / 'work_dirs/seg/iter_2.pth')
 
 
@@ -139,21 +139,12 @@ def cls_options(digits):
     return ['--cfg-options', f'data_root={digits}', *IN_PROCESS]
 
 
-def run(command, cwd, expect=0):
-    """Run a command as a user does; return all it printed."""
-    env = {**os.environ, 'PYTHONPATH': str(REPO), 'PYTHON': sys.executable}
+def run(*command, cwd, expect=0):
+    """Run a tool as a user does; return all it printed."""
     # The maps here are tiny: waking a second thread costs more than it saves.
-    env['OMP_NUM_THREADS'] = '1'
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == expect, done.stdout[-4000:]
-    return done.stdout
+    return run_python(
+        *command, cwd=cwd, expect=expect, env={'OMP_NUM_THREADS': '1'}, stderr=subprocess.STDOUT
+    ).stdout
 
 
 def logged(work_dir, key):
@@ -249,7 +240,7 @@ def test_no_validate_neither_validates_nor_wants_validation_data(
 def test_segmentation_outputs(tiny, seg_options, seg_checkpoint):
     flags = ['--out', 'maps', '--show-dir', 'shown', '--work-dir', 'test']
     # A process of its own: mmengine keeps one visualizer for each process, with the first folder.
-    run([*TEST, 'seg.py', seg_checkpoint, *flags, *seg_options], tiny)
+    run(TEST, 'seg.py', seg_checkpoint, *flags, *seg_options, cwd=tiny)
     maps = sorted((tiny / 'maps').glob('*.png'))
     assert [p.name for p in maps] == [f'lindau_{i:06d}_000019_leftImg8bit.png' for i in range(2)]
     predicted = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
@@ -341,7 +332,7 @@ def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(tiny, seg_op
 def test_a_missing_file_is_one_line_and_an_error(tiny):
     with pytest.raises(SystemExit, match='test.py: checkpoint none.pth does not exist'):
         test.main(['seg.py', 'none.pth'])
-    out = run([*TRAIN, 'none.py'], tiny, expect=1)
+    out = run(TRAIN, 'none.py', cwd=tiny, expect=1)
     assert out.splitlines()[-1] == 'train.py: config none.py does not exist'
     assert 'Traceback' not in out
 

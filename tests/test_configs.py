@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mdeq_mm.apis import check_scales
 
 from .built_configs import measure, measure_core
+from .checks import assert_says
 from .recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +180,7 @@ def test_scales_that_disagree_are_named_before_anything_is_built(name, options, 
     for check in (check_scales, build):
         with pytest.raises(ValueError) as error:
             check(cfg.model)
-        assert all(word in str(error.value) for word in words), error.value
+        assert_says(error, words)
 
 
 def test_several_scales_without_an_index_are_all_of_them_and_second_necks_are_not_asked():

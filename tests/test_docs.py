@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 import mdeq_mm  # noqa: F401
 
+from .checks import assert_finite, grads
 from .processes import run, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def build(cfg, options):
     cfg.merge_from_dict(options)
     # A new key is a misspelt one, unless it belongs to a part whose class may take it.
     new = [key for key in options if key not in before and not key.startswith('model.')]
-    assert all(key.startswith('optim_wrapper.') for key in new), new
+    assert [key for key in new if not key.startswith('optim_wrapper.')] == []
     if cfg.default_scope == 'mmdet':
         for module in ('mmdet', 'mmcv._ext'):
             pytest.importorskip(module)
@@ -253,7 +254,7 @@ def test_the_example_of_the_readme_runs(capsys):
         (128, 4, 8),
         (256, 2, 4),
     ]
-    assert all(p.grad is not None for p in names['backbone'].cell.parameters())
+    assert_finite(grads(names['backbone'].cell))
     assert "'nfe'" in capsys.readouterr().out
 
 
@@ -278,7 +279,7 @@ def test_the_parts_of_the_extend_page_train_together(registered):
     names = run_snippets('extend.md', snippets)
     backbone = names['backbone']
     assert backbone.implicit.solver == names['Relaxation'](max_iter=12, share=0.5)
-    assert all(p.grad is not None for p in backbone.cell.parameters())
+    assert_finite(grads(backbone.cell))
     z = backbone.eval().problem(torch.randn(1, 3, 32, 32)).start
     assert z.eq(0).all()
 

@@ -35,7 +35,8 @@ def test_every_config_but_demos_and_nets_of_others_is_listed_once():
     wanted = {stem for stem in stems if 'demo' not in stem and not stem.startswith(OTHERS)}
     names = [model['Name'] for model in MODELS]
     assert len(names) == len(set(names)) and set(names) == wanted
-    assert all(model['Config'] == f'configs/{model["Name"]}.py' for model in MODELS)
+    for model in MODELS:
+        assert model['Config'] == f'configs/{model["Name"]}.py'
 
 
 @pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])

@@ -13,6 +13,8 @@ from mdeq_mm.models import PresentClasses
 from tools import test, train
 from tools.dataset_converters import digit_scenes
 
+from .checks import assert_nonzero, assert_same, grads
+
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS = (8, 8, 8)
 SOLVER = dict(type='FixedPointIteration', max_iter=4, tol=1e-3)
@@ -90,8 +92,7 @@ def test_the_loss_of_one_scale_alone_reaches_every_scale_of_the_cell(mmseg_scope
     losses = model(torch.randn(2, 3, 32, 32), samples(), mode='loss')
     assert {f'aux_{i}.loss_ce' for i in range(3)} < losses.keys()
     losses[f'aux_{scale}.loss_ce'].backward()
-    for parameter in model.backbone.parameters():
-        assert parameter.grad is not None and parameter.grad.any()
+    assert_nonzero(grads(model.backbone))
 
 
 def packed(labels):
@@ -149,7 +150,7 @@ def test_joint_head_sends_both_losses_through_one_equilibrium(mmseg_scope):
         losses['seg.loss_ce'].item() + losses['cls.loss'].item(), rel=1e-5
     )
     total.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert [name for name, grad in grads(model).items() if grad is None] == []
 
 
 def test_joint_head_predicts_what_its_two_heads_do(mmseg_scope):
@@ -166,7 +167,7 @@ def test_joint_head_predicts_what_its_two_heads_do(mmseg_scope):
     resize = dict(mode='bilinear', align_corners=True)
     expected = torch.nn.functional.interpolate(maps, size=(32, 32), **resize)[1:, :, :20, :28]
     expected = torch.nn.functional.interpolate(expected, size=(40, 56), **resize).argmax(1)
-    assert torch.equal(predicted[1].pred_sem_seg.data, expected)
+    assert_same(predicted[1].pred_sem_seg.data, expected)
 
 
 def test_joint_head_wants_samples_to_predict(mmseg_scope):

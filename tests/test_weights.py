@@ -20,6 +20,7 @@ from tools.analysis_tools import inference
 from tools.dataset_converters import digits
 from tools.model_converters import publish
 
+from .checks import assert_same
 from .processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def test_the_hub_loads_them_by_name():
     wanted = torch.load(WEIGHTS['mdeq_tiny_digits'], weights_only=True)['state_dict']
     found = model.state_dict()
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert_same(dict(found), dict(wanted))
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')

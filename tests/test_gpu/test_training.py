@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from tools import train
 
+from ..checks import assert_finite
 from ..mini_datasets import write_cityscapes, write_class_folders
 from ..test_models import test_detection as detection
 from ..test_models.test_detection import mmdet  # noqa: F401
@@ -117,7 +118,7 @@ def test_a_training_step_in_mixed_precision(task, dtype):
         model, losses, before = trained(cfg, data, 'cuda', steps=12, **amp)
     assert getattr(torch, dtype) in seen
     assert_near([losses[0]], [wanted[0]], 0.02)
-    assert torch.isfinite(losses).all()
+    assert_finite(losses)
     check_moved(model, before)
 
 
@@ -128,7 +129,7 @@ def test_a_training_step_of_a_detector(mmdet, device):  # noqa: F811
     optimizer = dict(type='SGD', lr=0.01)
     wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=optimizer))
     losses = model.train_step(detection.samples(), wrapper)
-    assert all(torch.isfinite(loss).all() for loss in losses.values())
+    assert_finite(losses)
     check_moved(model, before)
 
 
@@ -151,7 +152,7 @@ def test_tools_train_and_validate(name, amp, tmp_path, monkeypatch):
     scalars = runner.message_hub.log_scalars
     metric = dict(seg='val/mIoU', cls='val/accuracy/top1')[name]
     assert 0 <= scalars[metric].current() <= 100
-    assert torch.isfinite(torch.tensor(scalars['train/loss'].data[0])).all()
+    assert_finite(torch.tensor(scalars['train/loss'].data[0]))
     assert {p.device.type for p in runner.model.parameters()} == {'cuda'}
 
 

@@ -14,6 +14,8 @@ from mmengine.runner import Runner
 
 from mdeq_mm.hooks import NonFiniteGradientHook
 
+from ..checks import assert_finite, assert_same
+
 SOLVER = dict(type='FixedPointIteration', max_iter=3)
 SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
 ADAM = dict(type='AdamW', lr=0.01)
@@ -129,7 +131,7 @@ def test_training_ends_as_if_the_batch_had_never_been(tmp_path, net, case):
     make = functools.partial(getattr(torch.optim, options.pop('type')), **options)
     by_hand(reference, kept, make, wrapper.get('clip_grad', {}).get('max_norm'))
     for name, value in reference.state_dict().items():
-        assert torch.equal(net.state_dict()[name], value), name
+        assert_same(net.state_dict()[name], value, name)
     assert runner.message_hub.get_scalar('train/skipped_steps').current() == 1
 
 
@@ -153,8 +155,7 @@ def test_the_average_of_weights_takes_no_nan(tmp_path, net):
     """The last batch is the bad one: nothing after it puts things right."""
     ema = EMAHook(momentum=0.5)
     run(tmp_path, net, batches(5), hooks=[ema])
-    for name, value in ema.ema_model.module.state_dict().items():
-        assert torch.isfinite(value).all(), name
+    assert_finite(ema.ema_model.module.state_dict())
 
 
 def test_a_resumed_run_counts_on(tmp_path, net):
@@ -169,7 +170,7 @@ def test_a_dead_run_stops(tmp_path, net):
     with pytest.raises(RuntimeError, match=r'3 steps in a row.*--resume.*max_in_a_row'):
         run(tmp_path, net, batches(*range(6)), limit=3)
     for name, value in before.items():
-        assert torch.equal(net.state_dict()[name], value), name
+        assert_same(net.state_dict()[name], value, name)
 
 
 def test_a_good_step_ends_the_row(tmp_path, net):
@@ -198,8 +199,7 @@ def test_steps_that_the_loss_scaler_skips_are_counted_once(tmp_path, net, scaler
     runner = run(tmp_path, net, batches(BAD), type='AmpOptimWrapper', dtype='bfloat16')
     assert runner.optim_wrapper.loss_scaler.get_scale() == 2.0**15
     assert runner.message_hub.get_scalar('train/skipped_steps').current() == 1
-    for name, value in net.state_dict().items():
-        assert torch.isfinite(value).all(), name
+    assert_finite(net.state_dict())
     (warning,) = warnings_of(tmp_path)
     assert 'the loss scaler' in warning
 

@@ -28,6 +28,7 @@ from mdeq_mm.kernels import (
 )
 from mdeq_mm.layers import MDEQGroupNorm
 
+from ..checks import assert_same
 from .cases import (
     NormRelu,
     NormReluConv,
@@ -66,8 +67,8 @@ def test_parameters_that_are_frozen_cost_and_get_nothing(cpp, kind, monkeypatch)
             live = mapped(live, lambda t: t.detach() if t.dim() == 1 else t)
         live.computed(cpp).sum().backward()
         parameters = [t for t in tensors(live) if t.dim() == 1]
-        assert all((p.grad is None) == frozen for p in parameters)
-        assert all(t.grad is not None for t in tensors(live) if t.dim() == 4)
+        assert [p.grad is None for p in parameters] == [frozen] * len(parameters)
+        assert [t.shape for t in tensors(live) if t.dim() == 4 and t.grad is None] == []
     # The last flags of a backward pass say whether those of scales and shifts are wanted.
     assert asked[0][-1] is True and asked[1][-1] is False
 
@@ -79,7 +80,8 @@ def test_a_graph_may_be_walked_as_often_as_the_adjoint_solver_likes(kernel, kind
     y = case.computed(kernel)
     v = torch.randn_like(y)
     grads = [torch.autograd.grad(y, first, v, retain_graph=True)[0] for _ in range(3)]
-    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    assert_same(grads[0], grads[1], 'second')
+    assert_same(grads[0], grads[2], 'third')
     case.computed(kernel).backward(v)
     torch.testing.assert_close(first.grad, grads[0])
 
@@ -163,7 +165,7 @@ def test_memory_that_nobody_needs_is_used_again(cpp):
     for wanted in (True, False):
         given = x.clone(memory_format=torch.channels_last).requires_grad_(wanted)
         y = norm_relu(given, Norm(2), kernel=cpp, inplace=True)
-        assert torch.equal(y, expected)
+        assert_same(y, expected)
         assert (y.data_ptr() == given.data_ptr()) != wanted
         assert torch.equal(given, x) == wanted
 
@@ -187,7 +189,7 @@ def test_to_the_bit_independent_of_batch_and_threads(cpp, kind):
         torch.set_num_threads(threads)
         for rows in (slice(0, 5), slice(0, 1), slice(3, 5), slice(1, 5)):
             for a, b in zip(computed(rows), whole, strict=True):
-                assert torch.equal(a, b[rows])
+                assert_same(a, b[rows])
 
 
 @pytest.mark.parametrize('kind', [*EVERY, NormReluConv])
@@ -198,7 +200,7 @@ def test_many_threads_at_once(cpp, kind):
     expected = [compute(case) for case in cases]
     with ThreadPoolExecutor(4) as pool:
         for got, wanted in zip(pool.map(compute, cases), expected):
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+            assert_same(got, wanted)
 
 
 def whole(x, z, weight, kernel):
@@ -367,7 +369,7 @@ def test_a_norm_is_copied_and_pickled(kernel):
     x = torch.randn(2, 6, 4, 4)
     y = module(x)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(other(x), y)
+        assert_same(other(x), y)
     assert set(module.state_dict()) == {'weight', 'bias'}
 
 
@@ -408,7 +410,7 @@ def test_without_a_compiler_torch_computes_and_one_line_says_why(
         for _ in range(3):
             y = norm_relu(x, Norm(2), kernel=kernel)
             assert resolve(kernel, 'cpu') == 'native'
-    assert torch.equal(y, norm_relu(x, Norm(2), kernel='native'))
+    assert_same(y, norm_relu(x, Norm(2), kernel='native'))
     (line,) = said(caplog)
     assert "no C++ compiler 'no-such-compiler'" in line and 'f runs on torch operators' in line
 

@@ -11,6 +11,7 @@ from mdeq_mm.deq.solvers import FixedPointIteration, LimitedMemoryBroyden, solve
 from mdeq_mm.registry import build_part
 from tools.model_converters import mdeq_to_mm as converter
 
+from ..checks import assert_finite
 from .official import (
     ROOT,
     OfficialNet,
@@ -279,7 +280,7 @@ def test_camvid_loads_strictly_and_matches_the_official_network():
 def test_camvid_broyden_with_ten_pairs_converges_where_plain_iteration_stalls():
     f, z0, model, pixels = camvid_function()
     with torch.no_grad():
-        assert torch.isfinite(model(pixels, mode='tensor')).all()
+        assert_finite(model(pixels, mode='tensor'))
     plain = solve(f, z0, FixedPointIteration(max_iter=60, tol=0))
     short = solve(f, z0, LimitedMemoryBroyden(max_iter=60, tol=0, memory=10))
     assert float(plain.residual) > 1e-2

@@ -12,6 +12,8 @@ from torch import nn
 import mdeq_mm  # noqa: F401
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
 
+from ..checks import assert_finite, assert_nonzero, assert_same, assert_says, grads
+
 TINY = dict(type='MDEQBackbone', channels=(8, 16), expansion=2, stem_strides=(2, 1))
 
 
@@ -59,7 +61,8 @@ def test_any_input_size_and_number_of_scales(size, num_scales):
     h, w = (size[0] + 1) // 2, (size[1] + 1) // 2
     assert len(outs) == num_scales
     for out, c in zip(outs, channels):
-        assert out.shape == (2, c, h, w) and torch.isfinite(out).all()
+        assert out.shape == (2, c, h, w)
+        assert_finite(out)
         h, w = (h + 1) // 2, (w + 1) // 2
 
 
@@ -155,7 +158,7 @@ def test_new_masks_each_training_forward_and_none_in_evaluation():
     a, b = net(x)[0], net(x)[0]
     assert not torch.equal(a, b)
     net.eval()
-    assert torch.equal(net(x)[0], net(x)[0])
+    assert_same(net(x)[0], net(x)[0])
 
 
 def test_two_forwards_with_dropout_then_two_backwards():
@@ -201,15 +204,20 @@ def test_memory_of_a_step_does_not_depend_on_max_iter():
     assert alive(10) == alive(40) > 0
 
 
+def trainable(net):
+    return [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+
+
 def test_frozen_stages_and_norm_eval():
     net = tiny(frozen_stages=0, norm_eval=True).train()
-    assert not any(p.requires_grad for p in net.stem.parameters())
-    assert all(p.requires_grad for p in net.cell.parameters())
+    assert trainable(net) and not [name for name in trainable(net) if name.startswith('stem')]
+    assert trainable(net.cell) == [name for name, _ in net.cell.named_parameters()]
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and not any(m.training for m in norms) and net.cell.training
     whole = tiny(frozen_stages=2).train()
-    assert not any(p.requires_grad for p in whole.parameters())
-    assert not any(m.training for m in (whole.stem, whole.injection, whole.cell))
+    assert trainable(whole) == []
+    for name in ('stem', 'injection', 'cell'):
+        assert not getattr(whole, name).training, name
 
 
 def test_a_replica_of_data_parallel_trains_f_behind_a_frozen_stem(monkeypatch):
@@ -257,10 +265,10 @@ def test_deepcopy_pickle_and_state_dict_after_a_step():
     net.eval()
     expected = net(x)[0]
     for twin in (copy.deepcopy(net), pickle_roundtrip(net)):
-        assert torch.equal(twin(x)[0], expected)
+        assert_same(twin(x)[0], expected)
     other = tiny(drop_rate=0.3)
     other.load_state_dict(net.state_dict())
-    assert torch.equal(other.eval()(x)[0], expected)
+    assert_same(other.eval()(x)[0], expected)
 
 
 def pickle_roundtrip(net):
@@ -280,9 +288,9 @@ def test_autocast_keeps_the_state_in_full_precision():
         outs = net(x)
     sum(o.float().pow(2).sum() for o in outs).backward()
     assert dtypes == {torch.bfloat16}
-    assert all(o.dtype == torch.float32 for o in outs)
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
-    assert torch.isfinite(reference[0]).all()
+    assert [o.dtype for o in outs] == [torch.float32] * 2
+    assert_finite(grads(net))
+    assert_finite(reference[0])
 
 
 @pytest.mark.parametrize(
@@ -317,7 +325,7 @@ def test_autocast_keeps_the_state_in_full_precision():
 def test_wrong_option_fails_at_construction_naming_the_choices(options, words):
     with pytest.raises((TypeError, ValueError)) as error:
         MODELS.build({**TINY, **options})
-    assert all(word in str(error.value) for word in words), error.value
+    assert_says(error, words)
 
 
 def test_no_hint_where_nothing_is_near():
@@ -342,7 +350,7 @@ class TestFuseNeck:
         neck = MDEQFuseNeck((8, 8, 8), (2, 2, 2), 5).eval()
         maps = [torch.randn(1, 8, s, s, requires_grad=True) for s in (8, 4, 2)]
         neck(maps)[0].sum().backward()
-        assert all(m.grad.abs().sum() > 0 for m in maps)
+        assert_nonzero([m.grad for m in maps])
 
     def test_scale_counts_that_disagree_are_named(self):
         with pytest.raises(ValueError, match='one entry a scale'):

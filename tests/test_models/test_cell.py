@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mdeq_mm.layers import reset_masks
 from mdeq_mm.models import MDEQCell
 
+from ..checks import assert_same
+
 
 def features(channels, size=(12, 10), n=2, dtype=torch.float64):
     h, w = size
@@ -94,7 +96,7 @@ def test_dropout_masks_are_one_function_until_reset():
     states = features((16, 16), dtype=torch.float32)
     x = torch.randn_like(states[0])
     first = cell(states, x)
-    assert all(torch.equal(a, b) for a, b in zip(first, cell(states, x)))
+    assert_same(first, cell(states, x))
     reset_masks(cell)
     assert not torch.equal(first[0], cell(states, x)[0])
 
@@ -106,6 +108,6 @@ def test_layout_of_the_maps_does_not_change_the_values():
     x = torch.randn_like(states[0])
     last = [s.contiguous(memory_format=torch.channels_last) for s in states]
     got = cell(last, x.contiguous(memory_format=torch.channels_last))
-    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in got)
     for g, e in zip(got, cell(states, x)):
+        assert g.is_contiguous(memory_format=torch.channels_last), g.stride()
         torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from mdeq_mm.deq import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
 
+from ..checks import assert_same
+
 CONFIGS = sorted((Path(__file__).parents[2] / 'configs').glob('mdeq_*.py'))
 # Their wrapped projects are optional here; the backbone is that of MDEQ-small.
 CONFIGS = [path for path in CONFIGS if path.stem != 'mdeq_small_fpn_coco']
@@ -140,7 +142,7 @@ def test_a_late_look_gives_the_same_answer():
         )
         assert early.num_iter.max() < 90
         for name in ('z', 'residual', 'num_iter', 'status'):
-            assert torch.equal(getattr(early, name), getattr(late, name)), name
+            assert_same(getattr(early, name), getattr(late, name), name)
 
 
 def test_a_fixed_budget_on_a_gpu_never_waits():

@@ -18,6 +18,7 @@ from mdeq_mm.deq import Anderson, ImplicitLayer, LimitedMemoryBroyden, PhantomGr
 from mdeq_mm.layers import VariationalDropout2d
 from mdeq_mm.models import MDEQCell
 
+from ..checks import assert_nonzero, assert_same
 from ..test_robustness import SOLVERS, contracting, tiny_backbone
 from ..threads import standing_in
 
@@ -210,7 +211,7 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
     """Only the dropout is in training mode, as for Monte Carlo estimates of uncertainty."""
     torch.manual_seed(0)
     net, masks, samples, seen = build().eval(), [], [], []
-    assert torch.equal(predict(net)[0], predict(net)[0])
+    assert_same(predict(net)[0], predict(net)[0])
     drops = [m for m in net.modules() if isinstance(m, VariationalDropout2d)]
     for drop in drops:
         drop.train()
@@ -227,7 +228,7 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
     assert len({tuple(mask.flatten().tolist()) for mask in seen}) > 1
     assert len({tuple(out.flatten().tolist()) for out in samples}) > 1
     torch.manual_seed(0)
-    assert torch.equal(predict(net)[0], samples[0])
+    assert_same(predict(net)[0], samples[0])
 
 
 @MODELS.register_module()
@@ -330,7 +331,7 @@ def test_derivatives_by_the_returned_maps_are_the_loss_s(gradient):
         out = net.cell(list(point), injection)
         products.append(torch.autograd.grad(loss_of(out), point, create_graph=True))
     torch.testing.assert_close(*products)
-    assert all(product.any() for product in products[0])
+    assert_nonzero(products[0])
 
 
 @every_gradient
@@ -340,7 +341,7 @@ def test_evaluation_makes_one_call_of_f_after_the_solve(gradient):
     evaluated = predict(net.eval())
     assert calls == [False] * 6
     trained = net(image())
-    assert all(torch.equal(a, b) for a, b in zip(evaluated, trained))
+    assert_same(evaluated, trained)
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])

@@ -10,6 +10,8 @@ from mmengine.utils.dl_utils import is_norm
 
 import mdeq_mm  # noqa: F401
 
+from ..checks import assert_same
+
 TINY = dict(
     type='MDEQBackbone',
     channels=(8, 16),
@@ -36,7 +38,8 @@ def test_the_last_norm_is_called_once_with_the_last_map_and_its_gradient():
     weight = torch.randn_like(maps[1])
     (maps[0].sum() + (weight * maps[1]).sum()).backward()
     assert len(activations) == len(gradients) == 1
-    assert torch.equal(activations[0], maps[1]) and torch.equal(gradients[0], weight)
+    assert_same(activations[0], maps[1].detach())
+    assert_same(gradients[0], weight)
 
 
 def test_each_returned_scale_has_its_layer_without_a_weight():
@@ -72,15 +75,14 @@ def test_a_head_that_views_its_maps(backbone):
         # HRNet's train(), which eval() calls, returns nothing.
         net.eval()
         maps = net(torch.randn(2, 3, 64, 64))
-        assert all(m.is_contiguous() for m in maps)
+        assert [m.is_contiguous() for m in maps] == [True] * len(maps)
         assert MODELS.build(head)(maps).shape[:2] == (2, 3)
 
 
 def test_maps_are_channels_last_where_that_is_asked_for():
     net = MODELS.build(dict(TINY, channels_last=True)).eval()
-    assert all(
-        m.is_contiguous(memory_format=torch.channels_last) for m in net(torch.randn(2, 3, 16, 16))
-    )
+    for m in net(torch.randn(2, 3, 16, 16)):
+        assert m.is_contiguous(memory_format=torch.channels_last), m.stride()
 
 
 def test_norms_are_fused_into_the_convolutions_of_the_neck():

@@ -12,6 +12,8 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mdeq_mm.models import NeuralODEBackbone
 from mdeq_mm.models.neural_ode import ConvODEFunction
 
+from ..checks import assert_finite, assert_nonzero, grads
+
 torchdiffeq = pytest.importorskip('torchdiffeq')
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,9 +85,8 @@ def test_configs_have_the_papers_size_and_take_a_training_step(name):
     samples = [DataSample().set_gt_label(i) for i in range(2)]
     loss = model(torch.randn(2, 3, 32, 32), samples, mode='loss')['loss']
     loss.backward()
-    assert torch.isfinite(loss)
-    for parameter in model.parameters():
-        assert torch.isfinite(parameter.grad).all() and parameter.grad.any()
+    assert_finite(dict(loss=loss, **grads(model)))
+    assert_nonzero(grads(model))
 
 
 @pytest.mark.parametrize(

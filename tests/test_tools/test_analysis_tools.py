@@ -25,6 +25,7 @@ from tools.analysis_tools import (
     warm_start,
 )
 
+from ..checks import assert_same
 from ..mini_datasets import write_cityscapes, write_class_folders
 
 REPO = Path(__file__).resolve().parents[2]
@@ -173,7 +174,7 @@ class TestInference:
         assert len(found) == 3 and len(calls) == 1 + 2 + 3 + 3
         assert found[0][1] == pytest.approx(1)
         last = inference.predict(model, data).pred_score
-        assert torch.equal(found[-1][0].pred_score, last)
+        assert_same(found[-1][0].pred_score, last)
         # The model is as it was.
         assert model.backbone.implicit.eval_solver is None and len(calls) == 1 + 2 + 3 + 3 + 4
         assert not torch.equal(found[0][0].pred_score, last)
@@ -244,10 +245,10 @@ class TestStreams:
     def test_a_batch_of_a_frame_is_that_of_its_file(self, tiny):
         cfg = load_config('seg.py')
         init_default_scope(cfg.default_scope)
-        image = inference.read_image('image.png')
-        want = image_batch(cfg, image, 'image.png')['inputs'][0]
-        got = image_batch(cfg, cv2.imread('image.png')[..., ::-1])['inputs'][0]
-        assert torch.equal(got, want)
+        picture = inference.read_picture('picture.png')
+        want = image_batch(cfg, picture, 'picture.png')['inputs'][0]
+        got = image_batch(cfg, cv2.imread('picture.png')[..., ::-1])['inputs'][0]
+        assert_same(got, want)
 
     def test_a_warm_start_spends_fewer_calls_on_a_still_image(self, tiny, capsys):
         folder = write_frames([(32, 48)])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -220,24 +221,48 @@ def test_frozen_stages_and_norm_eval():
         assert not getattr(whole, name).training, name
 
 
-def test_a_replica_of_data_parallel_trains_f_behind_a_frozen_stem(monkeypatch):
-    """Replicas hold plain tensors in place of parameters; their copies are made here on the CPU."""
-    module = sys.modules['torch.nn.parallel.replicate']
+def shaken(net):
+    """In evaluation mode, every weight and statistic of its own, in float64."""
+    torch.manual_seed(0)
+    for name, value in net.double().eval().state_dict().items():
+        if value.is_floating_point():
+            # Of scale 1 behind each convolution; variances are positive.
+            spread = value[0].numel() ** -0.5 if value.dim() > 1 else 1.0
+            value.copy_(spread * torch.randn_like(value))
+            if name.endswith('running_var'):
+                value.abs_().add_(0.5)
+    return net
 
-    def copies(tensors, devices, detach=False):
-        return [[t.detach() if detach else t * 1 for t in tensors] for _ in devices]
 
-    monkeypatch.setattr(module, '_broadcast_coalesced_reshape', copies)
-    net, x = contracting(tiny(frozen_stages=1)).train(), torch.randn(2, 3, 16, 16)
-    (replica,) = module.replicate(net, [0])
-    assert not list(replica.parameters())
-    grads = []
-    for made in (replica, net):
-        torch.manual_seed(0)
-        sum(out.square().sum() for out in made(x)).backward()
-        grads.append([p.grad.clone() for p in net.cell.parameters()])
-        net.zero_grad()
-    torch.testing.assert_close(*grads)
+def conv_norm(net, conv, norm, x, stride=1):
+    """Convolution and batch norm by the names of a net's weights."""
+    state = net.state_dict()
+    weight = state[f'{conv}.weight']
+    x = F.conv2d(x, weight, state.get(f'{conv}.bias'), stride, padding=weight.shape[-1] // 2)
+    parts = ('running_mean', 'running_var', 'weight', 'bias')
+    return F.batch_norm(x, *(state.get(f'{norm}.{part}') for part in parts))
+
+
+@pytest.mark.parametrize('strides', [(1, 1), (2, 1), (2, 2), (2,)])
+@pytest.mark.parametrize('channels', [(8, 16), (8, 16, 8)])
+def test_stem_and_injection_are_the_formula(channels, strides):
+    """Convolution, norm, ReLU for each of the strides, and once more of 1x1 for the injection."""
+    net = shaken(tiny(channels=channels, stem_strides=strides))
+    x = torch.randn(2, 3, 13, 9, dtype=torch.float64)
+    wanted = x
+    for i, stride in enumerate(strides):
+        names = f'stem.{i}.conv', f'stem.{i}.bn'
+        wanted = F.relu(conv_norm(net, *names, wanted, stride))
+    if channels == (8, 16, 8) or 2 in strides:
+        wanted = F.relu(conv_norm(net, 'injection.conv', 'injection.bn', wanted))
+    torch.testing.assert_close(net.problem(x).injection.contiguous(), wanted)
+    sizes = {name: value.shape[1:] for name, value in net.named_parameters() if value.dim() == 4}
+    assert {name: size for name, size in sizes.items() if name.startswith(('stem', 'inj'))} == {
+        'stem.0.conv.weight': (3, 3, 3),
+        **{f'stem.{i}.conv.weight': (8, 3, 3) for i in range(1, len(strides))},
+        **({'injection.conv.weight': (8, 1, 1)} if (2 in strides or len(channels) > 2) else {}),
+    }
+    assert [name for name in net.stem.state_dict() if name.endswith('conv.bias')] == []
 
 
 def test_stem_injection_as_released():
@@ -335,6 +360,46 @@ def test_no_hint_where_nothing_is_near():
 
 
 class TestFuseNeck:
+    def test_it_is_the_formula(self):
+        """Bottlenecks, added from the top down, and the last convolution."""
+        neck = shaken(MDEQFuseNeck((8, 16, 8), (2, 4, 3), 20))
+        sizes = ((9, 7), (5, 4), (3, 2))
+        maps = [torch.randn(2, c, *size, dtype=torch.float64) for c, size in zip((8, 16, 8), sizes)]
+        total = None
+        for i, x in enumerate(maps):
+
+            def layer(part, x, i=i):
+                names = (f'bottlenecks.{i}.{part}.{leaf}' for leaf in ('conv', 'bn'))
+                return conv_norm(neck, *names, x)
+
+            out = F.relu(layer('conv2', F.relu(layer('conv1', x))))
+            out = F.relu(layer('conv3', out) + layer('project', x))
+            if i:
+                names = f'downsamples.{i - 1}.0', f'downsamples.{i - 1}.1'
+                out = out + F.relu(conv_norm(neck, *names, total, stride=2))
+            total = out
+        wanted = F.relu(conv_norm(neck, 'final.0', 'final.1', total))
+        torch.testing.assert_close(neck(maps)[0], wanted)
+
+    def test_widths_biases_and_norms(self):
+        """Bottlenecks have no bias, and norms that learn nothing but that of the projection."""
+        neck = MDEQFuseNeck((8, 16), (2, 4), 20)
+        shapes = {name: tuple(value.shape) for name, value in neck.named_parameters()}
+        wanted = {}
+        for i, (c, head) in enumerate(((8, 2), (16, 4))):
+            name = f'bottlenecks.{i}'
+            wanted[f'{name}.conv1.conv.weight'] = (head, c, 1, 1)
+            wanted[f'{name}.conv2.conv.weight'] = (head, head, 3, 3)
+            wanted[f'{name}.conv3.conv.weight'] = (4 * head, head, 1, 1)
+            wanted[f'{name}.project.conv.weight'] = (4 * head, c, 1, 1)
+            for part in ('weight', 'bias'):
+                wanted[f'{name}.project.bn.{part}'] = (4 * head,)
+        for name, weight in (('downsamples.0', (16, 8, 3, 3)), ('final', (20, 16, 1, 1))):
+            wanted[f'{name}.0.weight'] = weight
+            for leaf in ('0.bias', '1.weight', '1.bias'):
+                wanted[f'{name}.{leaf}'] = weight[:1]
+        assert shapes == wanted
+
     def test_one_map_at_the_lowest_resolution(self):
         neck = MODELS.build(
             dict(type='MDEQFuseNeck', in_channels=(8, 16), head_channels=(2, 4), out_channels=20)

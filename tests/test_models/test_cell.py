@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import Conv2d
+from torch.nn.utils.parametrize import is_parametrized
 
 from mdeq_mm.layers import reset_masks
 from mdeq_mm.models import MDEQCell
@@ -19,12 +21,12 @@ def features(channels, size=(12, 10), n=2, dtype=torch.float64):
     return maps
 
 
-def norm(layer, x):
-    return F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
+def norm(layer, x, groups=8):
+    return F.group_norm(x, groups, layer.weight, layer.bias)
 
 
 def reference(cell, states, x, resize, act):
-    """Eq. 5 and the fusion of §3.2, from the cell's weights alone."""
+    """Eq. 5 and the fusion of §3.2, from the cell's weights alone. Its norms have 8 groups."""
     blocks = []
     for i, (b, z) in enumerate(zip(cell.blocks, states)):
         h = F.relu(norm(b.norm1, F.conv2d(z, b.conv1.weight, padding=1)))
@@ -38,13 +40,16 @@ def reference(cell, states, x, resize, act):
         for j, path in fusion.sources.items():
             h = blocks[int(j)]
             if int(j) < i:
+                # A convolution and a norm for each halving, ReLU between two of them.
+                assert len(path) == 3 * (i - int(j)) - 1
                 for k in range(i - int(j)):
                     conv, gn = path[3 * k], path[3 * k + 1]
                     h = norm(gn, F.conv2d(F.relu(h) if k else h, conv.weight, stride=2, padding=1))
             else:
                 h = resize(norm(path.norm, F.conv2d(h, path.conv.weight)), total.shape[-2:])
             total = total + h
-        outs.append(norm(fusion.norm, F.conv2d(act(total), fusion.conv.weight)))
+        # The last norm has half the groups.
+        outs.append(norm(fusion.norm, F.conv2d(act(total), fusion.conv.weight), groups=4))
     return outs
 
 
@@ -73,6 +78,31 @@ def test_cell_is_the_formula(channels, size, smooth, upsample):
     for g, e, s in zip(got, expected, states):
         assert g.shape == s.shape
         torch.testing.assert_close(g, e)
+
+
+def test_every_convolution_of_f_has_its_width_and_form():
+    """Of 8, 16 and 24 channels, expansion 3; no bias anywhere."""
+    cell = MDEQCell((8, 16, 24), expansion=3)
+    found = {n: tuple(m.weight.shape) for n, m in cell.named_modules() if isinstance(m, Conv2d)}
+    wanted = {}
+    for i, c in enumerate((8, 16, 24)):
+        wanted[f'blocks.{i}.conv1'] = (3 * c, c, 3, 3)
+        wanted[f'blocks.{i}.conv2'] = (c, 3 * c, 3, 3)
+        wanted[f'fusions.{i}.conv'] = (c, c, 1, 1)
+    normed = set(wanted)
+    # Down: the width is the source's until the last convolution. Up: one of 1x1.
+    wanted['fusions.1.sources.0.0'] = (16, 8, 3, 3)
+    wanted['fusions.2.sources.0.0'] = (8, 8, 3, 3)
+    wanted['fusions.2.sources.0.3'] = (24, 8, 3, 3)
+    wanted['fusions.2.sources.1.0'] = (24, 16, 3, 3)
+    wanted['fusions.0.sources.1.conv'] = (8, 16, 1, 1)
+    wanted['fusions.0.sources.2.conv'] = (8, 24, 1, 1)
+    wanted['fusions.1.sources.2.conv'] = (16, 24, 1, 1)
+    assert found == wanted
+    assert {n for n, m in cell.named_modules() if is_parametrized(m, 'weight')} == normed
+    assert [name for name in cell.state_dict() if 'conv' in name and 'bias' in name] == []
+    plain = MDEQCell((8, 16, 24), expansion=3, weight_norm=False)
+    assert [n for n, m in plain.named_modules() if is_parametrized(m)] == []
 
 
 @pytest.mark.parametrize('fused', [True, False])

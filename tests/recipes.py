@@ -1075,6 +1075,161 @@ BOXES = dict(
     classwise=False,
 )
 
+
+def _cross_entropy(sigmoid: bool) -> Values:
+    return dict(type='CrossEntropyLoss', use_sigmoid=sigmoid, loss_weight=1.0)
+
+
+def _box_assigner(positive: float, negative: float, least: float, low_quality: bool) -> Values:
+    return dict(
+        type='MaxIoUAssigner',
+        pos_iou_thr=positive,
+        neg_iou_thr=negative,
+        min_pos_iou=least,
+        match_low_quality=low_quality,
+        ignore_iof_thr=-1,
+    )
+
+
+def _box_sampler(num: int, positive: float, add_truth: bool) -> Values:
+    return dict(
+        type='RandomSampler',
+        num=num,
+        pos_fraction=positive,
+        neg_pos_ub=-1,
+        add_gt_as_proposals=add_truth,
+    )
+
+
+def _suppression(threshold: float) -> Values:
+    return dict(type='nms', iou_threshold=threshold)
+
+
+def _boxes(split: str, **options: Any) -> Values:
+    return dict(
+        type='CocoDataset',
+        data_root='data/coco/',
+        ann_file=f'annotations/instances_{split}.json',
+        data_prefix=dict(img=f'{split}/'),
+        **options,
+    )
+
+
+_BOX_LOADER = dict(num_workers=4, persistent_workers=True)
+_BOX_RESIZE = dict(type='Resize', scale=[1333, 800], keep_ratio=True)
+_BOX_EVALUATION = dict(
+    batch_size=1,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=_boxes(
+        'val2017',
+        test_mode=True,
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            _BOX_RESIZE,
+            dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='PackDetInputs', meta_keys=BOX_META),
+        ],
+    ),
+    **_BOX_LOADER,
+)
+_BOX_METRIC = dict(
+    type='CocoMetric', ann_file='data/coco/annotations/instances_val2017.json', metric='bbox'
+)
+# Faster R-CNN with FPN (Ren et al. 2015, Lin et al. 2017) as detectors are commonly trained on COCO
+# for 12 epochs: by what the config says, since mmdetection, which builds it, is seldom installed.
+DETECTOR = dict(
+    model=dict(
+        type='FasterRCNN',
+        data_preprocessor=dict(
+            type='DetDataPreprocessor',
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            bgr_to_rgb=True,
+            pad_size_divisor=32,
+        ),
+        neck=dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=256, num_outs=5),
+        rpn_head=dict(
+            type='RPNHead',
+            in_channels=256,
+            feat_channels=256,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                scales=[8],
+                ratios=[0.5, 1.0, 2.0],
+                strides=[4, 8, 16, 32, 64],
+            ),
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1.0] * 4),
+            loss_cls=_cross_entropy(True),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+        ),
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=dict(
+                type='SingleRoIExtractor',
+                roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+                out_channels=256,
+                featmap_strides=[4, 8, 16, 32],
+            ),
+            bbox_head=dict(
+                type='Shared2FCBBoxHead',
+                in_channels=256,
+                fc_out_channels=1024,
+                roi_feat_size=7,
+                num_classes=80,
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]),
+                reg_class_agnostic=False,
+                loss_cls=_cross_entropy(False),
+                loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+            ),
+        ),
+        train_cfg=dict(
+            rpn=dict(
+                assigner=_box_assigner(0.7, 0.3, 0.3, True),
+                sampler=_box_sampler(256, 0.5, False),
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
+            ),
+            rpn_proposal=dict(
+                nms_pre=2000, max_per_img=1000, nms=_suppression(0.7), min_bbox_size=0
+            ),
+            rcnn=dict(
+                assigner=_box_assigner(0.5, 0.5, 0.5, False),
+                sampler=_box_sampler(512, 0.25, True),
+                pos_weight=-1,
+                debug=False,
+            ),
+        ),
+        test_cfg=dict(
+            rpn=dict(nms_pre=1000, max_per_img=1000, nms=_suppression(0.7), min_bbox_size=0),
+            rcnn=dict(score_thr=0.05, nms=_suppression(0.5), max_per_img=100),
+        ),
+    ),
+    train_dataloader=dict(
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        batch_sampler=dict(type='AspectRatioBatchSampler'),
+        dataset=_boxes(
+            'train2017',
+            filter_cfg=dict(filter_empty_gt=True, min_size=32),
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='LoadAnnotations', with_bbox=True),
+                _BOX_RESIZE,
+                dict(type='RandomFlip', prob=0.5),
+                dict(type='PackDetInputs'),
+            ],
+        ),
+        **_BOX_LOADER,
+    ),
+    val_dataloader=_BOX_EVALUATION,
+    test_dataloader=_BOX_EVALUATION,
+    val_evaluator=_BOX_METRIC,
+    test_evaluator=_BOX_METRIC,
+    default_scope='mmdet',
+)
+
 RECIPES: dict[str, dict[str, Values]] = dict(
     # Paper, Table 1.
     mdeq_tiny_cifar10=dict(

@@ -1,10 +1,11 @@
-"""Finding the MDEQ of a model, and solving it with other budgets temporarily."""
+"""The model of a config; finding its MDEQ, and solving it with other budgets temporarily."""
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import nn
 
-from mdeq_mm.apis import evaluations_allowed, find_backbone
+from mdeq_mm.apis import build_model, evaluations_allowed, find_backbone, load_model
 from mdeq_mm.deq import (
     Anderson,
     FixedPointIteration,
@@ -78,3 +79,55 @@ def test_a_model_without_equilibrium_is_told():
         find_backbone(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='2 MDEQBackbone'):
         find_backbone(nn.ModuleList([Contraction(), Contraction()]))
+
+
+def classifier(**options):
+    pytest.importorskip('mmpretrain')
+    backbone = dict(type='MDEQBackbone', channels=(8,), expansion=1)
+    backbone['stem_norm_cfg'] = dict(type='SyncBN')
+    dataset = dict(type='CIFAR10', data_root='none', pipeline=[])
+    return Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(type='ImageClassifier', backbone=backbone),
+            data_preprocessor=dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True),
+            test_dataloader=dict(dataset=dict(dataset, **options)),
+        )
+    )
+
+
+def test_a_model_is_built_for_evaluation_by_one_process_with_its_preprocessor():
+    model = build_model(classifier())
+    assert not model.training
+    assert [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)] == []
+    preprocessor = model.data_preprocessor
+    assert preprocessor.mean.flatten().tolist() == [1, 2, 3]
+    assert preprocessor.std.flatten().tolist() == [4, 5, 6]
+    cfg = classifier()
+    cfg.model.data_preprocessor = dict(mean=[7.0] * 3, std=[1.0] * 3)
+    assert build_model(cfg).data_preprocessor.mean.flatten().tolist() == [7, 7, 7]
+
+
+def test_classes_are_those_of_the_checkpoint_else_of_the_config_else_of_the_data_set(tmp_path):
+    known = load_model(classifier(), None, 'cpu').dataset_meta['classes']
+    assert len(known) == 10 and 'airplane' in known
+    own = classifier(metainfo=dict(classes=['a', 'b']))
+    model = load_model(own, None, 'cpu')
+    assert model.dataset_meta['classes'] == ['a', 'b']
+    path = str(tmp_path / 'weights.pth')
+    weights = model.state_dict()
+    torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(classes=['c']))), path)
+    assert load_model(own, path, 'cpu').dataset_meta == dict(classes=['c'])
+    for meta in (dict(), None):
+        torch.save(dict(state_dict=weights, meta=meta), path)
+        assert load_model(own, path, 'cpu').dataset_meta['classes'] == ['a', 'b']
+
+
+def test_a_checkpoint_that_lacks_a_weight_or_has_another_is_refused(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    weights = build_model(classifier()).state_dict()
+    name = 'backbone.stem.0.conv.weight'
+    for others in ({k: v for k, v in weights.items() if k != name}, dict(weights, other=X)):
+        torch.save(dict(state_dict=others), path)
+        with pytest.raises(ValueError, match='does not fit this config'):
+            load_model(classifier(), path, 'cpu')

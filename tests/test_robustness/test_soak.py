@@ -11,7 +11,9 @@ from ..checks import assert_same
 pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 
-SEED, CASES = 0, 30
+SEED = 0
+# Together they do every action and survive every fault.
+CASES = (11, 18, 19, 22, 24, 28, 30, 32, 34)
 
 
 @pytest.fixture
@@ -25,10 +27,12 @@ def test_everything_survives(run):
     from ..soak.actions import ACTIONS
     from ..soak.faults import FAULTS
 
-    report = run.soak(SEED, range(CASES))
+    report = run.soak(SEED, CASES)
     assert not report.failures, str(report)
-    assert report.cases == CASES and report.survived == report.faults
-    assert set(report.actions) == set(ACTIONS) and set(report.faults) == set(FAULTS)
+    assert report.cases == len(CASES) and report.survived == report.faults
+    # If one is missing, other cases have to be found, by soak(SEED, range(40)) or so.
+    assert set(report.actions) == set(ACTIONS)
+    assert set(report.faults) == set(FAULTS)
 
 
 def test_a_case_follows_from_seed_and_number_alone(run, tmp_path):
@@ -96,8 +100,13 @@ def forgetful(monkeypatch):
 )
 def test_what_is_broken_is_found(run, monkeypatch, spoil, words):
     spoil(monkeypatch)
-    report = run.soak(SEED, range(8))
-    assert report.failures and any(words in trace for *_, trace in report.failures)
+
+    def stop(report):
+        if any(words in trace for *_, trace in report.failures):
+            raise KeyboardInterrupt
+
+    report = run.soak(SEED, range(8), progress=stop)
+    assert [trace for *_, trace in report.failures if words in trace], str(report)
 
 
 def test_the_command_reports_and_exits_by_what_it_found(run, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import stat
 
 import cv2
 import numpy as np
@@ -97,6 +98,8 @@ def test_second_build_keeps_the_files_and_other_arguments_replace_them(tmp_path)
     assert scenes.build(out, **{**SMALL, 'num_train': 2})
     assert len(list((out / 'images' / 'train').iterdir())) == 2
     assert json.loads((out / 'manifest.json').read_text())['train'] == 2
+    # Other users may read it, unlike the temporary folder it was written in.
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

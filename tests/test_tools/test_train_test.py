@@ -6,10 +6,10 @@ import os
 import pickle
 import re
 import runpy
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -196,8 +196,9 @@ def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
             patch.setattr(sys, 'argv', [script, *arguments, *few])
             runpy.run_path(script, run_name='__main__')
 
-    monkeypatch.setattr(subprocess, 'run', convert)
-    importlib.import_module('demo').main()
+    demo = importlib.import_module('demo')
+    monkeypatch.setattr(demo, 'subprocess', SimpleNamespace(run=convert))
+    demo.main()
     out = capsys.readouterr().out
     assert re.search(r'^mIoU on 8 validation scenes: \d+\.\d$', out, re.MULTILINE)
     path = out.splitlines()[-1].split(': ')[1]
@@ -330,6 +331,12 @@ def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(tiny, seg_op
     assert cfg.env_cfg.dist_cfg.backend == 'gloo'
     assert cfg.model.backbone.stem_norm_cfg.type == 'BN'
     assert cfg.model.decode_head.norm_cfg.type == 'BN'
+    # As the Runner wraps a model, but for the GPU of each process.
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
+    assert cfg.model_wrapper_cfg == dict(wrapper, find_unused_parameters=False)
+    unused = [*seg_options, 'find_unused_parameters=True']
+    cfg = train.prepare(train.parse_args(['seg.py', '--launcher', 'pytorch', *unused]))
+    assert cfg.model_wrapper_cfg == dict(wrapper, find_unused_parameters=True)
     with pytest.raises(ValueError, match='--launcher slurm without a GPU'):
         train.prepare(train.parse_args(['seg.py', '--launcher', 'slurm', *seg_options]))
 

@@ -85,6 +85,23 @@ def test_maps_are_channels_last_where_that_is_asked_for():
         assert m.is_contiguous(memory_format=torch.channels_last), m.stride()
 
 
+@pytest.mark.parametrize('channels_last', ['auto', True, False])
+@pytest.mark.parametrize('size', [(16, 16), (1, 1)])
+def test_every_map_has_memory_of_its_own(channels_last, size):
+    """A head may work in place on one, though all were parts of one state."""
+    net = MODELS.build(dict(TINY, channels_last=channels_last)).eval()
+    kept = []
+    net.implicit.register_forward_hook(lambda layer, args, out: kept.extend(out))
+    with torch.no_grad():
+        maps = net(torch.randn(1, 3, *size))
+    assert len(kept) == len(maps) == 2
+    memory = {m.untyped_storage().data_ptr() for m in (*maps, *kept)}
+    # Both scales of the state may be parts of one tensor.
+    assert len(memory) >= 3, memory
+    for m in maps:
+        assert m.untyped_storage().nbytes() == m.numel() * m.element_size()
+
+
 def test_norms_are_fused_into_the_convolutions_of_the_neck():
     neck = dict(type='MDEQFuseNeck', in_channels=(8, 16), head_channels=(2, 4), out_channels=20)
     neck = MODELS.build(neck)

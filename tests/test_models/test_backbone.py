@@ -144,6 +144,22 @@ def test_input_gets_a_gradient_in_evaluation():
     assert x.grad.abs().sum() > 0
 
 
+def test_a_frozen_net_passes_a_gradient_to_its_input_and_builds_no_graph_without_one():
+    net = tiny(frozen_stages=2).train()
+    x = torch.randn(1, 3, 8, 8)
+    assert [out.requires_grad for out in net(x)] == [False, False]
+    out = net(x.requires_grad_())[0]
+    (out * torch.randn_like(out)).sum().backward()
+    assert_nonzero(x.grad)
+    # Stem and injection alone may train as well.
+    net = tiny().train()
+    net.cell.requires_grad_(False)
+    out = net(x.detach())[0]
+    (out * torch.randn_like(out)).sum().backward()
+    assert_nonzero(grads(net.stem))
+    assert [name for name, grad in grads(net.cell).items() if grad is not None] == []
+
+
 def test_calls_of_f_are_max_iter_and_one():
     net = tiny(solver=broyden(5, tol=0)).eval()
     calls = []

@@ -202,3 +202,19 @@ def test_several_scales_without_an_index_are_all_of_them_and_second_necks_are_no
     check_scales(dict(backbone=backbone, neck=necks))
     with pytest.raises(ValueError, match='model.neck.in_channels'):
         check_scales(dict(backbone=backbone, neck=necks[::-1]))
+
+
+def test_a_head_behind_a_neck_takes_what_the_neck_gives():
+    pytest.importorskip('mmseg.models')
+    backbone = dict(type='MDEQBackbone', arch='small')
+    neck = dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=48, num_outs=4)
+    head = dict(type='FCNHead', in_channels=48, in_index=3, channels=8, num_classes=2, num_convs=1)
+    model = dict(type='EncoderDecoder', backbone=backbone, neck=neck, decode_head=head)
+    check_scales(model)
+    init_default_scope('mmseg')
+    with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
+        MODELS.build(model)
+        # Without one, the same head is refused.
+        del model['neck']
+        with pytest.raises(ValueError, match='model.decode_head takes in_channels=48'):
+            MODELS.build(model)

@@ -1,6 +1,7 @@
 """The draws of an iteration depend on run, rank and iteration, not on earlier draws."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-import mdeq_mm  # noqa: F401
+from mdeq_mm.deq import Anderson, ImplicitLayer, JacobianFreeGradient
+from mdeq_mm.hooks import IterationSeedHook
+from mdeq_mm.hooks.seed_hook import mixed_seed
 
 
 def draw():
@@ -159,3 +162,47 @@ def test_the_loader_gets_its_own_functions_back(tmp_path):
     run(tmp_path, loader=PERSISTENT, length=1, hooks=[Keep()])
     ((loader, collate, init),) = kept
     assert loader.collate_fn is collate and loader.worker_init_fn is init
+
+
+def test_a_checkpoint_loaded_for_its_weights_alone_says_nothing_of_the_order_of_the_data():
+    checkpoint = dict(meta=dict(sampler_seed=5))
+    for resume, seed in ((False, None), (True, 5)):
+        hook = IterationSeedHook()
+        hook.after_load_checkpoint(SimpleNamespace(_resume=resume), checkpoint)
+        assert hook._sampler_seed == seed
+        # One that MM's own hooks wrote.
+        hook.after_load_checkpoint(SimpleNamespace(_resume=resume), dict(meta={}))
+        assert hook._sampler_seed is None
+
+
+class Chosen(Hook):
+    """Notes what an implicit layer chooses its budget by."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self):
+        self.layer, self.seen = ImplicitLayer(Anderson(), JacobianFreeGradient()), []
+
+    def before_train(self, runner):
+        runner.model.layer = self.layer
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.append(self.layer.iteration_seed)
+
+
+def test_what_a_layer_chooses_for_an_iteration_is_the_same_on_every_rank(tmp_path, monkeypatch):
+    """From the seed of the first, also where each rank has a seed of its own."""
+
+    def broadcast(values):
+        values[0] = 99
+
+    monkeypatch.setattr(dist, 'broadcast_object_list', broadcast)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, 'get_rank', lambda rank=rank: rank)
+        hook = Chosen()
+        run(tmp_path / str(rank), length=3, hooks=[hook])
+        assert hook.layer.iteration_seed is None, 'left over after training'
+        seen.append(hook.seen)
+    assert seen[0] == seen[1] == [mixed_seed(99, 2, i) for i in range(3)]
+    assert len(set(seen[0])) == 3

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdeq_mm.apis import build_model, load_config, load_model
 from mdeq_mm.apis.video import Frames, image_batch
-from mdeq_mm.deq import Anderson, Problem
+from mdeq_mm.deq import Anderson, PreviousStart, Problem
 from tools.analysis_tools import (
     accuracy_vs_nfe,
     get_flops,
@@ -179,6 +179,18 @@ class TestInference:
         assert model.backbone.implicit.eval_solver is None and len(calls) == 1 + 2 + 3 + 3 + 4
         assert not torch.equal(found[0][0].pred_score, last)
 
+    def test_every_prediction_begins_from_zeros(self, tiny):
+        """Also by a model whose solves begin at the last equilibrium."""
+        cfg = Config.fromfile('cls.py')
+        model = load_model(cfg, save_checkpoint('cls.py'), 'cpu')
+        data = image_batch(cfg, inference.read_picture('picture.png'), 'picture.png')
+        wanted = inference.predict_by_calls(model, data, 3)
+        model.backbone.implicit.start = PreviousStart()
+        got = inference.predict_by_calls(model, data, 3)
+        for (sample, residual), (other, other_residual) in zip(got, wanted, strict=True):
+            assert_same(sample.pred_score, other.pred_score)
+            assert residual == other_residual
+
     def test_class_names_come_from_the_checkpoint(self, tiny, capsys):
         names = [f'digit {i}' for i in range(10)]
         weights = save_checkpoint('cls.py', dataset_meta=dict(classes=names))
@@ -322,7 +334,44 @@ class TestWarmStart:
         assert moving['pixels'] == 2 and moving['warm'] <= moving['cold']
         assert json.loads(Path('work_dirs/warm_start.json').read_text()) == rows
 
-    def test_a_window_that_leaves_the_image(self, tiny):
+    def test_means_leave_out_the_first_frame_which_both_solve_alike(self):
+        def pan(*frames):
+            return [(calls, torch.tensor(labels)) for calls, labels in frames]
+
+        cold = [pan((9, [0, 0]), (8, [1, 1]), (6, [1, 1])), pan((9, [0, 0]), (4, [2, 2]))]
+        warm = [pan((9, [5, 5]), (2, [1, 0]), (4, [1, 1])), pan((9, [5, 5]), (6, [2, 2]))]
+        exact = [pan((9, [7, 7]), (9, [1, 0]), (9, [0, 0])), pan((9, [7, 7]), (9, [2, 2]))]
+        assert warm_start.compare(cold, warm, exact) == pytest.approx(
+            dict(
+                cold=(8 + 6 + 4) / 3,
+                warm=(2 + 4 + 6) / 3,
+                ratio=12 / 18,
+                # The mean of each pan's share: of frames, then of pans.
+                equal=(0.75 + 1) / 2,
+                cold_exact=(0.25 + 1) / 2,
+                warm_exact=(0.5 + 1) / 2,
+            )
+        )
+
+    def test_what_is_exact_has_a_tenth_of_the_least_tolerance_and_twice_the_calls(
+        self, tiny, monkeypatch
+    ):
+        solvers = []
+
+        def solve_pan(model, batches, warm):
+            solvers.append((model.backbone.implicit.eval_solver, warm))
+            return [(1, torch.zeros(2, 2))] * len(batches)
+
+        monkeypatch.setattr(warm_start, 'solve_pan', solve_pan)
+        flags = ['--frames', '2', '--window', '32', '48', '--pixels', '1']
+        flags += ['--tol', '0.5', '0.1', '--max-iter', '7']
+        weights, folder = save_checkpoint('seg.py'), write_frames([(48, 80)])
+        warm_start.main(['seg.py', weights, folder, *flags])
+        found = [(solver.tol, solver.max_iter, warm) for solver, warm in solvers]
+        wanted = [(0.5, 7, False), (0.5, 7, True), (0.1, 7, False), (0.1, 7, True)]
+        assert found == [(pytest.approx(0.01), 14, False), *wanted]
+
+    def test_a_window_that_leaves_the_picture(self, tiny):
         folder = write_frames([(48, 80)])
         flags = ['--frames', '30', '--window', '32', '48', '--pixels', '2']
         with pytest.raises(SystemExit, match='30 frames of 32x48 by 2 pixels'):
@@ -367,6 +416,15 @@ class TestGetFlops:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.rand(1, 3, 32, 64), mode='tensor')
         assert counter.get_total_flops() == cost.total[1]
+
+    def test_auxiliary_heads_which_only_training_has_are_left_out(self, tiny):
+        cfg = Config.fromfile('seg.py')
+        costs = []
+        for extra in ({}, dict(auxiliary_head=cfg.model.decode_head)):
+            cfg.model.update(extra)
+            with torch.device('meta'):
+                costs.append(get_flops.count(build_model(cfg), (32, 64)))
+        assert costs[0] == costs[1]
 
     def test_default_shape_and_unrolled_nets(self, tiny, capsys):
         options = ['--cfg-options', 'model.backbone.unrolled_layers=5', 'crop_size=(32,64)']

@@ -325,6 +325,78 @@ def test_an_option_for_one_place_wins_over_the_shared_name(tiny, seg_options):
     assert cfg.data_preprocessor['size'] == (32, 64)
 
 
+def test_flags_turn_off_what_a_config_asks_of_its_loaders(tiny, digits):
+    (tiny / 'own.py').write_text(f'{CLASSIFIER}train_dataloader = dict(pin_memory=True)\n')
+    options = ['--cfg-options', f'data_root={digits}']
+    for flags, expected in (
+        ([], (True, True)),
+        (['--no-pin-memory'], (False, True)),
+        (['--no-persistent-workers'], (True, False)),
+    ):
+        cfg = train.prepare(train.parse_args(['own.py', *flags, *options]))
+        loader = cfg.train_dataloader
+        assert (loader.pin_memory, loader.persistent_workers) == expected, flags
+    torch.save(dict(state_dict={}), 'net.pth')
+    (tiny / 'own.py').write_text(f'{CLASSIFIER}val_dataloader = dict(pin_memory=True)\n')
+    for flags, expected in (([], torch.cuda.is_available()), (['--no-pin-memory'], False)):
+        cfg = test.prepare(test.parse_args(['own.py', 'net.pth', *flags, *options]))
+        assert cfg.test_dataloader.pin_memory is expected
+
+
+def test_what_a_config_resumes_or_loads_gives_way_to_the_command_line(tiny, cls_options):
+    for name in ('other.pth', 'net.pth'):
+        torch.save(dict(state_dict={}), name)
+    (tiny / 'own.py').write_text(f"{CLASSIFIER}resume = True\nload_from = 'other.pth'\n")
+
+    def loaded(tool, *argv):
+        cfg = tool.prepare(tool.parse_args([*argv, *cls_options]))
+        return cfg.load_from, cfg.resume
+
+    assert loaded(train, 'own.py') == ('other.pth', True)
+    assert loaded(train, 'own.py', '--resume', 'net.pth') == ('net.pth', True)
+    # No checkpoint is in the work_dir: from the beginning.
+    assert loaded(train, 'own.py', '--resume') == (None, False)
+    assert loaded(test, 'own.py', 'net.pth') == ('net.pth', False)
+
+
+def test_pretrained_weights_of_a_part_are_checked_before_anything_is_built(tiny, cls_options):
+    options = ['model.backbone.init_cfg.type=Pretrained']
+    options += ['model.backbone.init_cfg.checkpoint=none.pth']
+    with pytest.raises(SystemExit, match='train.py: checkpoint none.pth does not exist'):
+        train.main(['cls.py', *cls_options, *options])
+
+
+def test_augmentation_at_test_time_is_the_config_s_own_and_options_name_its_model(
+    tiny, cls_options
+):
+    torch.save(dict(state_dict={}), 'net.pth')
+    own = "tta_pipeline = [dict(type='TestTimeAug', transforms=[[dict(type='PackInputs')]])]\n"
+    (tiny / 'own.py').write_text(f'{CLASSIFIER}{own}')
+    argv = ['own.py', 'net.pth', '--tta', *cls_options, 'model.backbone.solver.max_iter=9']
+    cfg = test.prepare(test.parse_args(argv))
+    assert [step.type for step in cfg.test_dataloader.dataset.pipeline] == ['TestTimeAug']
+    assert cfg.model.type == 'AverageClsScoreTTA'
+    assert cfg.model.module.backbone.solver.max_iter == 9
+    (tiny / 'own.py').write_text(f'{SEGMENTOR}tta_model = None\n')
+    with pytest.raises(SystemExit, match='--tta: the config has no tta_model; add one'):
+        test.main(['own.py', 'net.pth', '--tta'])
+
+
+def test_painting_is_set_up_as_the_flags_say(tiny, seg_options, cls_options):
+    torch.save(dict(state_dict={}), 'net.pth')
+    flags = ['--show-dir', 'shown', '--interval', '5', '--wait-time', '3']
+    for name, options in (('seg.py', seg_options), ('cls.py', cls_options)):
+        cfg = test.prepare(test.parse_args([name, 'net.pth', *flags, *options]))
+        hook = cfg.default_hooks.visualization
+        assert (hook.show, hook.wait_time, hook.interval) == (False, 3, 5)
+        if name == 'seg.py':
+            assert hook.draw is True and cfg.visualizer.save_dir == 'shown'
+        else:
+            assert hook.enable is True and hook.out_dir == 'shown'
+        cfg = test.prepare(test.parse_args([name, 'net.pth', '--show', *options]))
+        assert cfg.default_hooks.visualization.show is True
+
+
 def test_without_gpus_processes_talk_by_gloo_and_sync_bn_becomes_bn(tiny, seg_options, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     cfg = train.prepare(train.parse_args(['seg.py', '--launcher', 'pytorch', *seg_options]))

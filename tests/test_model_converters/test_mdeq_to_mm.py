@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import mdeq_mm  # noqa: F401
 from tools.model_converters import mdeq_to_mm as converter
 
-from ..checks import assert_same
+from ..checks import assert_same, assert_says
 from ..processes import run_python
 from .official import (
     OfficialNet,
@@ -143,6 +143,16 @@ def test_every_key_style_gives_the_same_function(style, task):
     counters = sum('num_batches' in k for k in state)
     assert sum(report.defaults.values()) == (counters if style == 'no_counters' else 0)
     assert report.ignored == (style == 'loss_weights')
+
+
+def test_a_weight_beside_its_factors_that_is_not_their_product_is_named():
+    state = official_state('classification')
+    name = 'fullstage.branches.0.blocks.0.conv1.weight'
+    for factor in (1.0, 1 + 1e-6):
+        converter.convert({**state, name: factor * plain_weights(state)[name]})
+    with pytest.raises(converter.ConversionError) as error:
+        converter.convert({**state, name: 1.01 * plain_weights(state)[name]})
+    assert_says(error, [name])
 
 
 @pytest.mark.parametrize('task', TASKS)

@@ -254,6 +254,20 @@ class TestStreams:
         inference.main(['out/a.mp4', config, 'random.pth', '--out', 'out/b.avi'])
         assert len(read_video('out/b.avi')) == 3
 
+    @pytest.mark.parametrize('opacity', [0.0, 1.0])
+    def test_a_painted_frame_has_the_colours_of_the_frame_and_of_its_classes(self, tiny, opacity):
+        """In the order of OpenCV: BGR."""
+        cfg = Config.fromfile('seg.py')
+        model = load_model(cfg, save_checkpoint('seg.py'), 'cpu')
+        frame = np.zeros((32, 48, 3), np.uint8)
+        frame[:] = (200, 100, 0)
+        sample = inference.predict(model, image_batch(cfg, frame[..., ::-1]))
+        # Of Cityscapes' colours, RGB, that of a car.
+        sample.pred_sem_seg.data[:] = model.dataset_meta['classes'].index('car')
+        painted = inference.paint_frame(model, frame, sample, opacity)
+        wanted = (0, 0, 142)[::-1] if opacity else (200, 100, 0)
+        assert np.unique(painted.reshape(-1, 3), axis=0).tolist() == [list(wanted)]
+
     def test_a_batch_of_a_frame_is_that_of_its_file(self, tiny):
         cfg = load_config('seg.py')
         init_default_scope(cfg.default_scope)

@@ -17,9 +17,10 @@ from mdeq_mm.apis import (
     merge_options,
     one_line_errors,
     set_dataloader_defaults,
+    type_name,
 )
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.fileio import dump
@@ -121,7 +122,7 @@ def set_map_folder(cfg: Config, folder: str) -> None:
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     for evaluator in evaluators:
         # Other metrics, such as those of a second task, have no maps to write.
-        if evaluator.type.endswith('IoUMetric'):
+        if type_name(evaluator).endswith('IoUMetric'):
             evaluator.output_dir = folder
 
 
@@ -142,7 +143,10 @@ def set_tta(cfg: Config) -> None:
         if cfg.get(name) is None:
             raise ValueError(f'--tta: the config has no {name}; add one')
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    # A copy leaves classes of a pure-Python config as they were written, so that it can be dumped.
+    model = deepcopy(cfg.tta_model)
+    model.module = cfg.model
+    cfg.model = model
 
 
 def prepare(args: argparse.Namespace) -> Config:

@@ -1,6 +1,7 @@
 """What the tools share: a config made ready to run, checks of data and files, models by config."""
 
-from ..models.scales import check_scales, type_name
+from ..models.scales import check_scales
+from ..registry import type_name
 from .arguments import (
     add_cfg_options,
     add_device_argument,

@@ -19,7 +19,7 @@ def check_data(cfg: Config, names: tuple[str, ...]) -> None:
     Raises:
         FileNotFoundError: If a folder does not exist. The message names it and the remedy.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     for name in names:
         if cfg.get(name) is not None:
             for dataset in _datasets_in(cfg[name].get('dataset')):

@@ -17,7 +17,7 @@ from .data import dataset_class
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config for one process, in evaluation mode."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()

@@ -9,10 +9,10 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate, pseudo_collate
 
+from ..registry import type_name
+
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-# Steps of a test pipeline that read labels, which a picture of one's own does not have.
-LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 
 
@@ -144,14 +144,20 @@ def image_batch(cfg: Config, picture: np.ndarray, path: str | None = None) -> di
         picture: (H, W, 3), RGB uint8.
         path: Its file, which a pipeline that loads files reads again; None for a frame of a video.
     """
-    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
-    if path is None and any(step.type == 'LoadImageFromFile' for step in steps):
-        steps = [step for step in steps if step.type != 'LoadImageFromFile']
+    steps = [s for s in cfg.test_dataloader.dataset.pipeline if not _reads_labels(type_name(s))]
+    images = [step for step in steps if type_name(step) != 'LoadImageFromFile']
+    if path is None and len(images) < len(steps):
+        steps = images
         # That step gives BGR. Data sets that hold arrays, as CIFAR-10 does, load no file, and the
         # arrays are RGB.
         picture = picture[..., ::-1]
     size = picture.shape[:2]
     img = np.ascontiguousarray(picture)
     sample = dict(img_path=path or '', img=img, img_shape=size, ori_shape=size)
-    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
+    collate = default_collate if cfg.get('default_scope') == 'mmpretrain' else pseudo_collate
     return collate([Compose(steps)(sample)])
+
+
+def _reads_labels(step: str) -> bool:
+    """Whether a step of a pipeline, by its name, reads labels: a picture of one's own has none."""
+    return step == 'PresentClasses' or (step.startswith('Load') and 'Annotation' in step)

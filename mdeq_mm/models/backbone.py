@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import allow_repeated_backward
 from ..deq import CellProblem
-from ..layers import ScaleOutput, check_groups
+from ..layers import ScaleOutput, check_groups, is_group_norm
 from ..options import check_choice, check_flag, check_int, check_number, checks_options
 from ..registry import build_implicit
 from .cell import MDEQCell
@@ -174,7 +174,7 @@ class MDEQBackbone(BaseModule):
 
     def _make_stem(self, in_channels: int, norm_cfg: Config) -> nn.Sequential:
         width = self.channels[0]
-        if norm_cfg.get('type') == 'GN':
+        if is_group_norm(norm_cfg):
             check_groups(width, norm_cfg['num_groups'], f'stem_norm_cfg={norm_cfg}')
         convs = []
         options = dict(padding=1, bias=False, conv_cfg=dict(type='MDEQConv2d'), norm_cfg=norm_cfg)
@@ -308,7 +308,7 @@ def _check_norm_cfg(name: str, option: str, value: Any) -> None:
             f"{name}: {option} must be a dict with a 'type', as dict(type='GN', num_groups=8), got "
             f'{value!r}. f and its stem do not converge without normalization.'
         )
-    if option == 'stem_norm_cfg' and value['type'] == 'GN' and 'num_groups' not in value:
+    if option == 'stem_norm_cfg' and is_group_norm(value) and 'num_groups' not in value:
         raise ValueError(f'{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.')
 
 

@@ -84,6 +84,8 @@ def run(name, *arguments):
         text=True,
         capture_output=True,
     )
+    # The forks print this for each of their parts.
+    assert 'OneDL' not in done.stdout + done.stderr
     return done.returncode, done.stdout, done.stderr
 
 

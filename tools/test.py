@@ -12,6 +12,7 @@ from mdeq_mm.apis import (
     check_data,
     check_scales,
     fit_to_machine,
+    inner_datasets,
     leave_process_group,
     load_config,
     merge_options,
@@ -135,14 +136,16 @@ def set_tta(cfg: Config) -> None:
     if cfg.default_scope == 'mmpretrain':
         cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
         if cfg.get('tta_pipeline') is None:
-            *steps, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+            dataset = next(inner_datasets(cfg.test_dataloader.dataset))
+            *steps, pack = deepcopy(dataset['pipeline'])
             flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
             steps.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
             cfg.tta_pipeline = steps
     for name in ('tta_model', 'tta_pipeline'):
         if cfg.get(name) is None:
             raise ValueError(f'--tta: the config has no {name}; add one')
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in inner_datasets(cfg.test_dataloader.dataset):
+        dataset['pipeline'] = cfg.tta_pipeline
     # A copy leaves classes of a pure-Python config as they were written, so that it can be dumped.
     model = deepcopy(cfg.tta_model)
     model.module = cfg.model
@@ -159,6 +162,9 @@ def prepare(args: argparse.Namespace) -> Config:
     cfg = load_config(args.config, args.work_dir, args.launcher)
     check_flags(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
+    missing = [n for n in ('test_dataloader', 'test_cfg', 'test_evaluator') if cfg.get(n) is None]
+    if missing:
+        raise ValueError(f'{args.config} has no {", ".join(missing)}, which a test needs; add them')
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:

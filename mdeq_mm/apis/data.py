@@ -35,6 +35,31 @@ def dataset_class(dataset: dict) -> Any:
     return kind
 
 
+def inner_datasets(node: Any) -> Iterator[dict]:
+    """Yield the data sets inside wrappers such as ConcatDataset, or the one that has no wrapper."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from inner_datasets(item)
+    elif isinstance(node, dict):
+        inner = [node[key] for key in ('dataset', 'datasets') if node.get(key) is not None]
+        if inner:
+            yield from inner_datasets(inner)
+        else:
+            yield node
+
+
+def test_dataset(cfg: Config) -> dict | None:
+    """The first data set that a config tests with, or else validates with; None if it does neither.
+
+    Its pipeline and its classes are those of an image of one's own.
+    """
+    for name in ('test_dataloader', 'val_dataloader'):
+        found = next(inner_datasets((cfg.get(name) or {}).get('dataset')), None)
+        if found is not None:
+            return found
+    return None
+
+
 def _datasets_in(node: Any) -> Iterator[dict]:
     """Yield every data set inside wrappers (repeated, concatenated, ...)."""
     if isinstance(node, (list, tuple)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..deq import ImplicitLayer
 from .checkpoints import check_checkpoint
-from .data import dataset_class
+from .data import dataset_class, test_dataset
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -54,7 +54,7 @@ def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and palette of the config's test data set; empty if it states none."""
-    dataset = cfg.test_dataloader.dataset
+    dataset = test_dataset(cfg) or {}
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
 

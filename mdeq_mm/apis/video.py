@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate, pseudo_collate
 
 from ..registry import type_name
+from .data import test_dataset
 
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -143,14 +144,25 @@ def image_batch(cfg: Config, picture: np.ndarray, path: str | None = None) -> di
         cfg: The config.
         picture: (H, W, 3), RGB uint8.
         path: Its file, which a pipeline that loads files reads again; None for a frame of a video.
+
+    Raises:
+        ValueError: If the config has no data set to test or to validate with.
     """
-    steps = [s for s in cfg.test_dataloader.dataset.pipeline if not _reads_labels(type_name(s))]
-    images = [step for step in steps if type_name(step) != 'LoadImageFromFile']
-    if path is None and len(images) < len(steps):
-        steps = images
+    dataset = test_dataset(cfg)
+    if dataset is None:
+        raise ValueError(
+            'the config has no test_dataloader or val_dataloader, whose pipeline says how an image '
+            'is prepared; add one'
+        )
+    steps = [step for step in dataset['pipeline'] if not _reads_labels(type_name(step))]
+    loader = next((step for step in steps if type_name(step) == 'LoadImageFromFile'), None)
+    if path is None and loader is not None:
+        steps.remove(loader)
         # That step gives BGR. Data sets that hold arrays, as CIFAR-10 does, load no file, and the
         # arrays are RGB.
         picture = picture[..., ::-1]
+        if loader.get('color_type') == 'grayscale':
+            picture = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_BGR2GRAY)
     size = picture.shape[:2]
     img = np.ascontiguousarray(picture)
     sample = dict(img_path=path or '', img=img, img_shape=size, ori_shape=size)

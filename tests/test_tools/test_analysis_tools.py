@@ -217,6 +217,41 @@ class TestInference:
         inputs = image_batch(cfg, picture, 'picture.png')['inputs'][0]
         assert np.array_equal(inputs.permute(1, 2, 0).numpy(), picture)
 
+    @pytest.mark.parametrize('kind', ['ConcatDataset', 'RepeatDataset'])
+    def test_a_data_set_inside_another_says_how_an_image_is_prepared(self, tiny, kind):
+        cfg = load_config('seg.py')
+        inner = cfg.test_dataloader.dataset
+        inner = dict(datasets=[inner]) if kind == 'ConcatDataset' else dict(dataset=inner, times=2)
+        cfg.test_dataloader.dataset = dict(type=kind, **inner)
+        cfg.dump('wrapped.py')
+        flags = ['--out', 'a.png', '--device', 'cpu']
+        inference.main(['picture.png', 'wrapped.py', save_checkpoint('seg.py'), *flags])
+        assert cv2.imread('a.png') is not None
+        assert load_model(cfg, None, 'cpu').dataset_meta['classes'][0] == 'road'
+
+    def test_data_to_validate_with_say_it_where_there_are_none_to_test(self, tiny):
+        cfg = load_config('seg.py')
+        picture = inference.read_picture('picture.png')
+        init_default_scope(cfg.default_scope)
+        want = image_batch(cfg, picture, 'picture.png')['inputs'][0]
+        cfg.test_dataloader = None
+        assert torch.equal(image_batch(cfg, picture, 'picture.png')['inputs'][0], want)
+        cfg.val_dataloader = None
+        cfg.dump('nothing.py')
+        with pytest.raises(SystemExit, match='no test_dataloader or val_dataloader'):
+            inference.main(['picture.png', 'nothing.py', save_checkpoint('seg.py')])
+
+    def test_a_frame_is_grey_where_the_files_are_read_so(self, tiny):
+        cfg = load_config('seg.py')
+        init_default_scope(cfg.default_scope)
+        cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+        picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        cv2.imwrite('colours.png', picture[..., ::-1])
+        want = image_batch(cfg, picture, 'colours.png')['inputs'][0].int()
+        got = image_batch(cfg, picture)['inputs'][0].int()
+        # A decoder rounds differently.
+        assert want.shape == got.shape == (1, 32, 48) and (got - want).abs().max() <= 1
+
     def test_weights_of_another_config_are_refused(self, tiny):
         weights = save_checkpoint('cls.py')
         config = str(REPO / 'configs/mdeq_tiny_digits.py')

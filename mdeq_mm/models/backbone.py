@@ -138,7 +138,10 @@ class MDEQBackbone(BaseModule):
         check_number(name, 'drop_rate', drop_rate, 0, 1, open_high=True)
         self.frozen_stages = check_int(name, 'frozen_stages', frozen_stages, -1)
         if self.frozen_stages > 2:
-            raise ValueError(f'{name}: frozen_stages must be -1, 0, 1 or 2, got {frozen_stages}.')
+            raise ValueError(
+                f'{name}: frozen_stages must be -1 (none), 0 (stem), 1 (injection as well) or 2 '
+                f'(f as well, so all of it), got {frozen_stages}.'
+            )
         self.norm_eval = check_flag(name, 'norm_eval', norm_eval)
         self.channels_last = check_choice(
             name, 'channels_last', channels_last, ('auto', True, False)

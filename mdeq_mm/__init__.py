@@ -12,6 +12,7 @@ from .compat import (
     check_stack,
     has_openmmlab,
     patch_config_lookup,
+    patch_missing_onedl,
     patch_norm_fusion,
 )
 from .model_index import register_models
@@ -32,6 +33,7 @@ try:
 
         allow_mm_globals()
         patch_config_lookup()
+        patch_missing_onedl()
         patch_norm_fusion()
     else:
         from . import deq  # noqa: F401

@@ -6,6 +6,7 @@ The core's parts are registered here; a user registers more by ``@TASK_UTILS.reg
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import MODELS, TASK_UTILS
 
 from . import deq
@@ -19,6 +20,21 @@ for _name in deq.__all__:
     _part = getattr(deq, _name)
     if isinstance(_part, type) and issubclass(_part, deq.Part) and _part not in _BASES:
         TASK_UTILS.register_module(module=_part)
+
+
+def type_name(cfg: Any) -> str:
+    """Name of the class that a config's ``type`` is, or names, without module or scope before it.
+
+    Configs name a class (``'IoUMetric'``, ``'mmseg.IoUMetric'``), or in pure Python are given the
+    class itself, which mmengine may not have imported yet. What compares types takes their names.
+
+    Args:
+        cfg: A dict with a ``type``; of anything else the name is ``'None'``.
+    """
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    if isinstance(kind, (LazyObject, LazyAttr)):
+        kind = kind.build()
+    return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
 
 
 def build_part(cfg: Mapping[str, Any] | T, kind: type[T]) -> T:

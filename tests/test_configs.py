@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch import nn
 
 from mdeq_mm.apis import check_scales
 
@@ -218,3 +220,70 @@ def test_a_head_behind_a_neck_takes_what_the_neck_gives():
         del model['neck']
         with pytest.raises(ValueError, match='model.decode_head takes in_channels=48'):
             MODELS.build(model)
+
+
+def _head(kind, in_channels, in_index, **options):
+    head = dict(type=kind, in_channels=in_channels, in_index=in_index, channels=8, num_classes=3)
+    return dict(head, **options)
+
+
+def _ocr_head(in_channels):
+    """As the second of a cascade, it sees the features and the prediction of the first."""
+    options = dict(input_transform='resize_concat', ocr_channels=4)
+    return _head('OCRHead', in_channels, (0, 1), **options)
+
+
+@pytest.mark.parametrize(
+    'model, words',
+    [
+        (dict(auxiliary_head=[_head('FCNHead', 16, 1)]), None),
+        (dict(auxiliary_head=[_head('FCNHead', 64, 1)]), 'auxiliary_head.0 takes in_channels=64'),
+        (
+            dict(auxiliary_head=[_head('FCNHead', 8, 0), _head('FCNHead', 16, 2)]),
+            r'auxiliary_head.1 takes in_channels=16 at in_index=\[2\]',
+        ),
+        (dict(decode_head=[_head('FCNHead', 8, 0), _ocr_head((8, 16))]), None),
+        (
+            dict(decode_head=[_head('FCNHead', 8, 0), _ocr_head((8, 64))]),
+            r'decode_head.1 takes in_channels=.* at in_index=\[0, 1\]',
+        ),
+        (dict(decode_head=[_head('FCNHead', 4, 0), _ocr_head((8, 16))]), 'decode_head.0'),
+        (dict(decode_head=[_head('FCNHead', 4, 0)]), 'decode_head.0'),
+    ],
+)
+def test_heads_in_a_list_are_compared_each(model, words):
+    pytest.importorskip('mmseg')
+    backbone = dict(type='MDEQBackbone', channels=(8, 16))
+    kind, stages = 'EncoderDecoder', {}
+    if 'decode_head' in model:
+        kind, stages = 'CascadeEncoderDecoder', dict(num_stages=len(model['decode_head']))
+    heads = dict(decode_head=_head('FCNHead', 16, 1))
+    model = dict(type=kind, backbone=backbone, **stages, **{**heads, **model})
+    init_default_scope('mmseg')
+
+    def build(model):
+        with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
+            MODELS.build(model)
+
+    for check in (check_scales, build):
+        with pytest.raises(ValueError, match=words) if words else nullcontext():
+            check(model)
+
+
+def test_heads_that_come_to_a_model_in_a_filled_list_are_compared():
+    pytest.importorskip('mmseg')
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = MODELS.build(dict(type='MDEQBackbone', channels=(8, 16)))
+
+    def head(width):
+        return MODELS.build(dict(_head('FCNHead', width, 1), type='mmseg.FCNHead'))
+
+    model = Model()
+    with pytest.raises(ValueError, match='auxiliary_head.1 takes in_channels=8'):
+        model.auxiliary_head = nn.ModuleList([head(16), head(8)])
+    model.auxiliary_head = nn.ModuleList([head(16)])
+    with pytest.raises(ValueError, match='auxiliary_head.1 takes in_channels=8'):
+        model.auxiliary_head.append(head(8))

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 import mdeq_mm  # noqa: F401
 
 from .checks import assert_finite, grads
+from .grad_cam import provide_grad_cam
 from .processes import run, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,8 @@ def parse(monkeypatch):
 
     def run(path, arguments):
         with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+            if Path(path).name == 'vis_cam.py':
+                provide_grad_cam(patch)
             patch.setattr(sys, 'argv', [str(path), *arguments])
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
             # Where Python itself looks first for what a script imports.
@@ -223,6 +226,23 @@ def test_links_and_images_exist(page):
     local = [target.split('#')[0] for target in targets if '://' not in target]
     for target in filter(None, local):
         assert (page.parent / target).exists(), target
+
+
+def test_the_index_says_of_every_page_what_it_is_for():
+    index = (ROOT / 'docs/index.rst').read_text()
+    told = re.findall(r'^\* :doc:`(\w+)`: (.{20,})$', index, re.MULTILINE)
+    pages = [*ROOT.glob('docs/*.md'), ROOT / 'docs/api.rst']
+    assert sorted(name for name, _ in told) == sorted(page.stem for page in pages)
+    hidden = re.search(r'toctree::\n   :hidden:\n\n((?:   \w+\n)+)', index)
+    assert hidden and hidden.group(1).split() == [name for name, _ in told]
+
+
+@pytest.mark.parametrize(
+    'page', [p for p in PAGES if p.parent.name == 'docs'], ids=lambda p: p.name
+)
+def test_a_page_begins_with_what_one_can_do_after_it(page):
+    heading, begin = page.read_text().split('\n\n')[:2]
+    assert heading.startswith('# ') and begin.startswith('After this page '), begin
 
 
 def test_the_readme_lists_every_page():

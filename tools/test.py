@@ -12,14 +12,16 @@ from mdeq_mm.apis import (
     check_data,
     check_scales,
     fit_to_machine,
+    inner_datasets,
     leave_process_group,
     load_config,
     merge_options,
     one_line_errors,
     set_dataloader_defaults,
+    type_name,
 )
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.fileio import dump
@@ -121,7 +123,7 @@ def set_map_folder(cfg: Config, folder: str) -> None:
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     for evaluator in evaluators:
         # Other metrics, such as those of a second task, have no maps to write.
-        if evaluator.type.endswith('IoUMetric'):
+        if type_name(evaluator).endswith('IoUMetric'):
             evaluator.output_dir = folder
 
 
@@ -134,15 +136,20 @@ def set_tta(cfg: Config) -> None:
     if cfg.default_scope == 'mmpretrain':
         cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
         if cfg.get('tta_pipeline') is None:
-            *steps, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+            dataset = next(inner_datasets(cfg.test_dataloader.dataset))
+            *steps, pack = deepcopy(dataset['pipeline'])
             flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
             steps.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
             cfg.tta_pipeline = steps
     for name in ('tta_model', 'tta_pipeline'):
         if cfg.get(name) is None:
             raise ValueError(f'--tta: the config has no {name}; add one')
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    for dataset in inner_datasets(cfg.test_dataloader.dataset):
+        dataset['pipeline'] = cfg.tta_pipeline
+    # A copy leaves classes of a pure-Python config as they were written, so that it can be dumped.
+    model = deepcopy(cfg.tta_model)
+    model.module = cfg.model
+    cfg.model = model
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -155,6 +162,9 @@ def prepare(args: argparse.Namespace) -> Config:
     cfg = load_config(args.config, args.work_dir, args.launcher)
     check_flags(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
+    missing = [n for n in ('test_dataloader', 'test_cfg', 'test_evaluator') if cfg.get(n) is None]
+    if missing:
+        raise ValueError(f'{args.config} has no {", ".join(missing)}, which a test needs; add them')
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:

@@ -1,6 +1,7 @@
 """What the tools share: a config made ready to run, checks of data and files, models by config."""
 
-from ..models.scales import check_scales, type_name
+from ..models.scales import check_scales
+from ..registry import type_name
 from .arguments import (
     add_cfg_options,
     add_device_argument,
@@ -20,7 +21,7 @@ from .config import (
     merge_options,
     set_dataloader_defaults,
 )
-from .data import check_data
+from .data import check_data, inner_datasets
 from .dataset_folder import write_dataset
 from .model import build_model, evaluations_allowed, find_backbone, load_model
 from .runner import build_runner, leave_process_group
@@ -41,6 +42,7 @@ __all__ = [
     'find_resumable_checkpoint',
     'fit_to_machine',
     'given_or_packaged',
+    'inner_datasets',
     'leave_process_group',
     'load_config',
     'load_model',

@@ -11,6 +11,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from ..compat import UnsafeCheckpointError, verify_checkpoint
 from ..model_index import packaged_weights
+from ..registry import type_name
 
 
 def check_checkpoint(path: str | None) -> None:
@@ -62,7 +63,8 @@ def given_or_packaged(checkpoint: str | None, config: str) -> str:
 def pretrained_files(node: Any) -> Iterator[str]:
     """Yield the files named by ``init_cfg=dict(type='Pretrained', ...)`` anywhere in a model."""
     if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+        pretrained = type_name(node) in ('Pretrained', 'PretrainedInit')
+        if pretrained and isinstance(node.get('checkpoint'), str):
             yield node['checkpoint']
         node = list(node.values())
     if isinstance(node, (list, tuple)):

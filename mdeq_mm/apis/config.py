@@ -1,6 +1,6 @@
 """A config made ready to run: read, options merged, fitted to the machine."""
 
-import copy
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -12,11 +12,15 @@ from mmengine.logging import print_log
 
 from ..compat import force_safe_loading
 from ..optim import has_bfloat16
+from ..registry import type_name
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # Top-level names of a config from which its data loaders and preprocessor were made, and the keys
 # that received the value.
 _SHARED_VALUES = dict(data_root=('data_root',), crop_size=('crop_size', 'size'))
+# Names of batch norms over all processes: MM's, mmcv's, and that of torch's and mmcv's class.
+_SYNC_NORMS = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
+_PROJECTS = ('mmseg', 'mmpretrain', 'mmdet')
 
 
 def load_config(
@@ -26,6 +30,9 @@ def load_config(
     options: dict[str, Any] | None = None,
 ) -> Config:
     """Read a config and set its ``work_dir`` and ``launcher``.
+
+    A config without a ``default_scope``, as pure-Python configs may be, gets that of its model:
+    tools and data loaders ask it which project they work for.
 
     From here on, this process loads checkpoints as plain data only.
 
@@ -43,6 +50,8 @@ def load_config(
         raise FileNotFoundError(f'config {path} does not exist')
     force_safe_loading()
     cfg = Config.fromfile(path)
+    if cfg.get('default_scope') is None:
+        cfg.default_scope = _project_of(cfg.get('model'))
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
@@ -50,6 +59,15 @@ def load_config(
         cfg.work_dir = os.path.join('work_dirs', Path(path).stem)
     merge_options(cfg, options)
     return cfg
+
+
+def _project_of(model: dict[str, Any] | None) -> str | None:
+    """The project of OpenMMLab whose model this is, by the class or the dotted name of its type."""
+    kind = (model or {}).get('type')
+    classes = inspect.getmro(kind) if inspect.isclass(kind) else ()
+    homes = [base.__module__ for base in classes] or [str(kind)]
+    roots = [home.split('.')[0] for home in homes]
+    return next((root for root in roots if root in _PROJECTS), None)
 
 
 def dataloaders(cfg: Config) -> list[ConfigDict]:
@@ -138,10 +156,7 @@ def fit_to_machine(cfg: Config) -> None:
         raise ValueError(
             f'--launcher {cfg.launcher} without a GPU: only --launcher pytorch works on CPUs'
         )
-    given = copy.deepcopy(cfg.model)
-    for sync_type in ('SyncBN', 'MMSyncBN'):
-        _replace(cfg.model, ('type',), sync_type, 'BN')
-    if cfg.model != given:
+    if _unsynchronize(cfg.model):
         print_log(
             'PyTorch has no SyncBN for CPUs: the model trains with BN instead, each process '
             'normalizing by its own part of the batch.',
@@ -157,6 +172,20 @@ def fit_to_machine(cfg: Config) -> None:
     )
     # By default the Runner gives each process the GPU of its rank.
     cfg.setdefault('model_wrapper_cfg', default_wrapper).device_ids = None
+
+
+def _unsynchronize(node: Any) -> bool:
+    """Replace batch norms over all processes inside ``node`` by plain ones; whether any were."""
+    if isinstance(node, dict):
+        found = type_name(node) in _SYNC_NORMS
+        if found:
+            node['type'] = 'BN'
+        node = list(node.values())
+    else:
+        found = False
+    if isinstance(node, (list, tuple)):
+        found = any([_unsynchronize(value) for value in node]) or found
+    return found
 
 
 def _warn_of_slow_bfloat16(cfg: Config) -> None:

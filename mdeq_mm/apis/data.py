@@ -19,7 +19,7 @@ def check_data(cfg: Config, names: tuple[str, ...]) -> None:
     Raises:
         FileNotFoundError: If a folder does not exist. The message names it and the remedy.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     for name in names:
         if cfg.get(name) is not None:
             for dataset in _datasets_in(cfg[name].get('dataset')):
@@ -33,6 +33,31 @@ def dataset_class(dataset: dict) -> Any:
         with DATASETS.switch_scope_and_registry(None) as registry:
             kind = registry.get(kind)
     return kind
+
+
+def inner_datasets(node: Any) -> Iterator[dict]:
+    """Yield the data sets inside wrappers such as ConcatDataset, or the one that has no wrapper."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from inner_datasets(item)
+    elif isinstance(node, dict):
+        inner = [node[key] for key in ('dataset', 'datasets') if node.get(key) is not None]
+        if inner:
+            yield from inner_datasets(inner)
+        else:
+            yield node
+
+
+def test_dataset(cfg: Config) -> dict | None:
+    """The first data set that a config tests with, or else validates with; None if it does neither.
+
+    Its pipeline and its classes are those of an image of one's own.
+    """
+    for name in ('test_dataloader', 'val_dataloader'):
+        found = next(inner_datasets((cfg.get(name) or {}).get('dataset')), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _datasets_in(node: Any) -> Iterator[dict]:

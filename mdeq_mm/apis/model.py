@@ -12,12 +12,12 @@ from torch import nn
 
 from ..deq import ImplicitLayer
 from .checkpoints import check_checkpoint
-from .data import dataset_class
+from .data import dataset_class, test_dataset
 
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config for one process, in evaluation mode."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
@@ -54,7 +54,7 @@ def load_model(cfg: Config, checkpoint: str | None, device: str) -> nn.Module:
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and palette of the config's test data set; empty if it states none."""
-    dataset = cfg.test_dataloader.dataset
+    dataset = test_dataset(cfg) or {}
     known = getattr(dataset_class(dataset), 'METAINFO', None) or {}
     return {**known, **(dataset.get('metainfo') or {})}
 

@@ -9,10 +9,11 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate, pseudo_collate
 
+from ..registry import type_name
+from .data import test_dataset
+
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-# Steps of a test pipeline that read labels, which an image of one's own does not have.
-LABEL_STEPS = ('LoadAnnotations', 'PresentClasses')
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 
 
@@ -145,15 +146,32 @@ def image_batch(cfg: Config, image: np.ndarray, path: str | None = None) -> dict
         cfg: The config.
         image: (H, W, 3), RGB uint8.
         path: Its file, which a pipeline that loads files reads again; None for a frame of a video.
+
+    Raises:
+        ValueError: If the config has no data set to test or to validate with.
     """
-    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type not in LABEL_STEPS]
-    if path is None and any(step.type == 'LoadImageFromFile' for step in steps):
-        steps = [step for step in steps if step.type != 'LoadImageFromFile']
+    dataset = test_dataset(cfg)
+    if dataset is None:
+        raise ValueError(
+            'the config has no test_dataloader or val_dataloader, whose pipeline says how an image '
+            'is prepared; add one'
+        )
+    steps = [step for step in dataset['pipeline'] if not _reads_labels(type_name(step))]
+    loader = next((step for step in steps if type_name(step) == 'LoadImageFromFile'), None)
+    if path is None and loader is not None:
+        steps.remove(loader)
         # That step gives BGR. Data sets that hold arrays, as CIFAR-10 does, load no file, and the
         # arrays are RGB.
         image = image[..., ::-1]
+        if loader.get('color_type') == 'grayscale':
+            image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_BGR2GRAY)
     size = image.shape[:2]
     img = np.ascontiguousarray(image)
     sample = dict(img_path=path or '', img=img, img_shape=size, ori_shape=size)
-    collate = default_collate if cfg.default_scope == 'mmpretrain' else pseudo_collate
+    collate = default_collate if cfg.get('default_scope') == 'mmpretrain' else pseudo_collate
     return collate([Compose(steps)(sample)])
+
+
+def _reads_labels(step: str) -> bool:
+    """Whether a step of a pipeline, by its name, reads labels: an image of one's own has none."""
+    return step == 'PresentClasses' or (step.startswith('Load') and 'Annotation' in step)

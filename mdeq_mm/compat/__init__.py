@@ -13,6 +13,7 @@ from .patches import (
     allow_repeated_backward,
     patch_class_weights,
     patch_config_lookup,
+    patch_missing_onedl,
     patch_norm_fusion,
 )
 from .stack import (
@@ -46,6 +47,7 @@ __all__ = [
     'installed_version',
     'patch_class_weights',
     'patch_config_lookup',
+    'patch_missing_onedl',
     'patch_norm_fusion',
     'operators_command',
     'verify_checkpoint',

@@ -98,6 +98,28 @@ def patch_norm_fusion() -> None:
     module._fuse_conv_bn = fuse
 
 
+def patch_missing_onedl() -> None:
+    """Keep the forks from printing that a package of their makers is not installed.
+
+    On import, mmseg and mmpretrain each look for it and tell a debugger that it is not there; but
+    without a logger mmengine prints a message of any level. Every other message is printed as
+    before. May be called again.
+    """
+    from mmengine import logging
+
+    original = logging.print_log
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def print_log(msg, logger=None, *args, **kwargs):
+        if logger is not None or msg != 'Could not import OneDL':
+            original(msg, logger, *args, **kwargs)
+
+    # The forks import it from here in the moment in which they have something to say.
+    logging.print_log = print_log
+
+
 def allow_repeated_backward() -> None:
     """Let the backward pass of graphs compiled from now on run more than once.
 

@@ -1,5 +1,5 @@
 from .conv import MDEQConv2d
-from .group_norm import MDEQGroupNorm, build_norm, check_groups, fusible, has_hooks
+from .group_norm import MDEQGroupNorm, build_norm, check_groups, fusible, has_hooks, is_group_norm
 from .scale_output import ScaleOutput
 from .variational_dropout import VariationalDropout2d, reset_masks
 
@@ -12,5 +12,6 @@ __all__ = [
     'check_groups',
     'fusible',
     'has_hooks',
+    'is_group_norm',
     'reset_masks',
 ]

@@ -79,6 +79,14 @@ def fusible(*modules: nn.Module) -> bool:
     return all(type(m) is MDEQGroupNorm and not has_hooks(m) for m in modules)
 
 
+def is_group_norm(norm_cfg: dict[str, Any]) -> bool:
+    """Whether a norm's type is torch's group norm: MM's name, the class, or its full name."""
+    kind = norm_cfg.get('type')
+    if isinstance(kind, str) and kind.startswith('torch.nn.'):
+        return kind.endswith('.GroupNorm')
+    return kind in ('GN', nn.GroupNorm)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module is more than its ``forward``."""
     return bool(
@@ -106,7 +114,7 @@ def build_norm(norm_cfg: dict[str, Any], channels: int, halve_groups: bool = Fal
             f'norm_cfg type {kind!r} cannot normalize f: batch statistics tie the equilibria of '
             "a batch together (paper, §3.3). Use dict(type='GN', num_groups=8)."
         )
-    if kind in ('GN', nn.GroupNorm):
+    if is_group_norm(cfg):
         cfg['type'] = 'MDEQGroupNorm'
     if 'num_groups' in cfg:
         if halve_groups:

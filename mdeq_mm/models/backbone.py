@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import allow_repeated_backward
 from ..deq import CellProblem
-from ..layers import ScaleOutput, check_groups
+from ..layers import ScaleOutput, check_groups, is_group_norm
 from ..options import check_choice, check_flag, check_int, check_number, checks_options
 from ..registry import build_implicit
 from .cell import MDEQCell
@@ -138,7 +138,10 @@ class MDEQBackbone(BaseModule):
         check_number(name, 'drop_rate', drop_rate, 0, 1, open_high=True)
         self.frozen_stages = check_int(name, 'frozen_stages', frozen_stages, -1)
         if self.frozen_stages > 2:
-            raise ValueError(f'{name}: frozen_stages must be -1, 0, 1 or 2, got {frozen_stages}.')
+            raise ValueError(
+                f'{name}: frozen_stages must be -1 (none), 0 (stem), 1 (injection as well) or 2 '
+                f'(f as well, so all of it), got {frozen_stages}.'
+            )
         self.norm_eval = check_flag(name, 'norm_eval', norm_eval)
         self.channels_last = check_choice(
             name, 'channels_last', channels_last, ('auto', True, False)
@@ -174,7 +177,7 @@ class MDEQBackbone(BaseModule):
 
     def _make_stem(self, in_channels: int, norm_cfg: Config) -> nn.Sequential:
         width = self.channels[0]
-        if norm_cfg.get('type') == 'GN':
+        if is_group_norm(norm_cfg):
             check_groups(width, norm_cfg['num_groups'], f'stem_norm_cfg={norm_cfg}')
         convs = []
         options = dict(padding=1, bias=False, conv_cfg=dict(type='MDEQConv2d'), norm_cfg=norm_cfg)
@@ -321,7 +324,7 @@ def _check_norm_cfg(name: str, option: str, value: Any) -> None:
             f"{name}: {option} must be a dict with a 'type', as dict(type='GN', num_groups=8), got "
             f'{value!r}. f and its stem do not converge without normalization.'
         )
-    if option == 'stem_norm_cfg' and value['type'] == 'GN' and 'num_groups' not in value:
+    if option == 'stem_norm_cfg' and is_group_norm(value) and 'num_groups' not in value:
         raise ValueError(f'{name}: {option}={dict(value)} lacks num_groups: add num_groups=8.')
 
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..registry import type_name
 from .backbone import ARCHS, MDEQBackbone
 
 _HEADS = ('decode_head', 'auxiliary_head')
+# Lists of heads that are still empty where they become part of a model: name of the list, and
+# channels of the scales that its heads will be given.
+_LISTS: WeakKeyDictionary[nn.ModuleList, tuple[str, list[int]]] = WeakKeyDictionary()
 
 
 def check_scales(model: dict) -> None:
@@ -35,14 +40,10 @@ def check_scales(model: dict) -> None:
     for neck in necks[:1]:
         _check_neck(type_name(neck), neck.get('in_channels'), out)
     for name in _HEADS if not necks else ():
-        for head in _listed(model.get(name)):
-            _check_head(name, head.get('in_channels'), head.get('in_index'), out)
-
-
-def type_name(cfg: Any) -> str:
-    """Name of the class that a config's ``type`` is, or names, without a scope before it."""
-    kind = cfg.get('type') if isinstance(cfg, dict) else None
-    return getattr(kind, '__name__', None) or str(kind).rsplit('.', 1)[-1]
+        heads = model.get(name)
+        for key, head in enumerate(_listed(heads)):
+            place = f'{name}.{key}' if isinstance(heads, (list, tuple)) else name
+            _check_head(place, head.get('in_channels'), head.get('in_index'), out)
 
 
 def check_built_scales(model: nn.Module, name: str, part: nn.Module | None) -> None:
@@ -54,24 +55,36 @@ def check_built_scales(model: nn.Module, name: str, part: nn.Module | None) -> N
     Raises:
         ValueError: If they disagree.
     """
+    if isinstance(model, nn.ModuleList) and model in _LISTS:
+        place, out = _LISTS[model]
+        _check_built_head(f'{place}.{name}', part, out)
+        return
     if name not in ('neck', *_HEADS):
         return
     backbone = model._modules.get('backbone')
     if not isinstance(backbone, MDEQBackbone):
         return
     out = [backbone.channels[i] for i in backbone.out_indices]
-    if isinstance(part, nn.Sequential) and len(part):
-        part = part[0]
-    wanted = getattr(part, 'in_channels', None)
     if name == 'neck':
-        _check_neck(type(part).__name__, wanted, out)
-    elif model._modules.get('neck') is None and isinstance(part, nn.Module):
-        index = getattr(part, 'in_index', None)
-        if getattr(part, 'input_transform', None) == 'resize_concat':
-            # Such a head keeps the sum.
-            _check_head(name, wanted, index, out, sum)
-        else:
-            _check_head(name, wanted, index, out)
+        # Of several in a row, the first takes what the backbone returns.
+        first = part[0] if isinstance(part, nn.Sequential) and len(part) else part
+        _check_neck(type(first).__name__, getattr(first, 'in_channels', None), out)
+    elif model._modules.get('neck') is None:
+        _check_built_head(name, part, out)
+
+
+def _check_built_head(place: str, part: nn.Module | None, out: list[int]) -> None:
+    """Compare a head, or those of a list, with the scales ``out``."""
+    if isinstance(part, nn.ModuleList):
+        # mmseg's models fill such a list after it became part of them.
+        _LISTS[part] = place, out
+        for key, head in enumerate(part):
+            _check_built_head(f'{place}.{key}', head, out)
+    elif part is not None:
+        # A head that concatenates its scales keeps the sum of their channels.
+        concatenates = getattr(part, 'input_transform', None) == 'resize_concat'
+        wanted, index = getattr(part, 'in_channels', None), getattr(part, 'in_index', None)
+        _check_head(place, wanted, index, out, sum if concatenates else list)
 
 
 def _listed(value: Any) -> list:
@@ -93,7 +106,7 @@ def _check_head(
     """Compare ``in_channels`` and ``in_index`` of one mmseg head with the backbone's scales.
 
     Args:
-        name: ``decode_head`` or ``auxiliary_head``.
+        name: ``decode_head`` or ``auxiliary_head``, of a list with the place in it.
         wanted: Its channels, one number or several.
         index: Its indices, one or several. None is mmseg's default, the last scale; a head that
             takes several without naming them takes all.

@@ -65,3 +65,22 @@ def test_class_weights_go_with_ignored_pixels(monkeypatch, average):
         scores, labels, torch.tensor(weights), ignore_index=255
     )
     torch.testing.assert_close(loss(scores, labels, ignore_index=255), expected)
+
+
+def test_only_the_missing_package_of_the_forks_is_not_told(python_without):
+    """In a process of its own, since the forks tell it once."""
+    for project in ('mmseg', 'mmpretrain'):
+        pytest.importorskip(project)
+    imports = 'import mmpretrain.datasets\nimport mmseg.datasets\n'
+    said = python_without('onedl', '-c', imports)
+    if 'Could not import OneDL' not in said.stdout:
+        pytest.skip('upstream has no such part')
+    others = (
+        'from mmengine.logging import print_log\nimport logging\n'
+        "print_log('a word', level=logging.DEBUG)\nprint_log('another')\n"
+        "print_log('Could not import OneDL', 'current')"
+    )
+    done = python_without('onedl', '-c', f'import mdeq_mm\n{imports}{others}')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ['a word', 'another']
+    assert (done.stdout + done.stderr).count('OneDL') == 1

@@ -117,6 +117,8 @@ def launch(script: str, cwd: Path, *args, expect: int = 0) -> str:
     done = processes.run(
         command, expect, env, limit=240, cwd=cwd, stderr=processes.subprocess.STDOUT
     )
+    # The forks print this for each of their parts.
+    assert 'Could not import OneDL' not in done.stdout
     return done.stdout
 
 

@@ -183,7 +183,7 @@ class TestInference:
         """Also by a model whose solves begin at the last equilibrium."""
         cfg = Config.fromfile('cls.py')
         model = load_model(cfg, save_checkpoint('cls.py'), 'cpu')
-        data = image_batch(cfg, inference.read_picture('picture.png'), 'picture.png')
+        data = image_batch(cfg, inference.read_image('image.png'), 'image.png')
         wanted = inference.predict_by_calls(model, data, 3)
         model.backbone.implicit.start = PreviousStart()
         got = inference.predict_by_calls(model, data, 3)
@@ -213,6 +213,41 @@ class TestInference:
         image = inference.read_image('image.png')
         inputs = image_batch(cfg, image, 'image.png')['inputs'][0]
         assert np.array_equal(inputs.permute(1, 2, 0).numpy(), image)
+
+    @pytest.mark.parametrize('kind', ['ConcatDataset', 'RepeatDataset'])
+    def test_a_data_set_inside_another_says_how_an_image_is_prepared(self, tiny, kind):
+        cfg = load_config('seg.py')
+        inner = cfg.test_dataloader.dataset
+        inner = dict(datasets=[inner]) if kind == 'ConcatDataset' else dict(dataset=inner, times=2)
+        cfg.test_dataloader.dataset = dict(type=kind, **inner)
+        cfg.dump('wrapped.py')
+        flags = ['--out', 'a.png', '--device', 'cpu']
+        inference.main(['image.png', 'wrapped.py', save_checkpoint('seg.py'), *flags])
+        assert cv2.imread('a.png') is not None
+        assert load_model(cfg, None, 'cpu').dataset_meta['classes'][0] == 'road'
+
+    def test_data_to_validate_with_say_it_where_there_are_none_to_test(self, tiny):
+        cfg = load_config('seg.py')
+        image = inference.read_image('image.png')
+        init_default_scope(cfg.default_scope)
+        want = image_batch(cfg, image, 'image.png')['inputs'][0]
+        cfg.test_dataloader = None
+        assert torch.equal(image_batch(cfg, image, 'image.png')['inputs'][0], want)
+        cfg.val_dataloader = None
+        cfg.dump('nothing.py')
+        with pytest.raises(SystemExit, match='no test_dataloader or val_dataloader'):
+            inference.main(['image.png', 'nothing.py', save_checkpoint('seg.py')])
+
+    def test_a_frame_is_grey_where_the_files_are_read_so(self, tiny):
+        cfg = load_config('seg.py')
+        init_default_scope(cfg.default_scope)
+        cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+        image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        cv2.imwrite('colours.png', image[..., ::-1])
+        want = image_batch(cfg, image, 'colours.png')['inputs'][0].int()
+        got = image_batch(cfg, image)['inputs'][0].int()
+        # A decoder rounds differently.
+        assert want.shape == got.shape == (1, 32, 48) and (got - want).abs().max() <= 1
 
     def test_weights_of_another_config_are_refused(self, tiny):
         weights = save_checkpoint('cls.py')
@@ -271,9 +306,9 @@ class TestStreams:
     def test_a_batch_of_a_frame_is_that_of_its_file(self, tiny):
         cfg = load_config('seg.py')
         init_default_scope(cfg.default_scope)
-        picture = inference.read_picture('picture.png')
-        want = image_batch(cfg, picture, 'picture.png')['inputs'][0]
-        got = image_batch(cfg, cv2.imread('picture.png')[..., ::-1])['inputs'][0]
+        image = inference.read_image('image.png')
+        want = image_batch(cfg, image, 'image.png')['inputs'][0]
+        got = image_batch(cfg, cv2.imread('image.png')[..., ::-1])['inputs'][0]
         assert_same(got, want)
 
     def test_a_warm_start_spends_fewer_calls_on_a_still_image(self, tiny, capsys):

@@ -63,7 +63,7 @@ def test_every_round_runs_every_candidate_once():
 
 
 @pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 8)])
-def test_suites_write_numbers_and_a_picture(run, tmp_path, suite, base, count):
+def test_suites_write_numbers_and_a_plot(run, tmp_path, suite, base, count):
     pytest.importorskip('mmpretrain')
     flags = ['--suite', suite, '--repeats', '1', '--batch', '1', '--nfe', '2', '--device', 'cpu']
     run(*flags, '--out', tmp_path)

@@ -271,6 +271,22 @@ def test_tta_averages_over_scales_and_flips(tiny, seg_options, seg_checkpoint):
     assert len(views) == 12 and len({v.shape for v in views}) == 6
 
 
+def test_tta_of_a_data_set_inside_another(tiny, seg_options, seg_checkpoint):
+    cfg = Config.fromfile('seg.py')
+    inner = cfg.test_dataloader.dataset
+    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[inner, inner.copy()])
+    cfg.dump('two.py')
+    runner, _ = test.main(['two.py', seg_checkpoint, '--tta', *seg_options])
+    data = runner.test_dataloader.dataset
+    assert [len(data[i]['inputs']) for i in range(len(data))] == [12] * 4
+
+
+def test_a_config_without_a_test_is_told_so(tiny):
+    (tiny / 'none.py').write_text(SEGMENTOR + 'test_dataloader = test_evaluator = None\n')
+    with pytest.raises(SystemExit, match='none.py has no test_dataloader, test_evaluator, which'):
+        test.main(['none.py', 'net.pth', '--amp'])
+
+
 def test_classification_outputs(tiny, cls_options):
     runner = train.main(['cls.py', '--auto-scale-lr', *cls_options])
     # The batch size is 32, and the learning rate is given for 10.

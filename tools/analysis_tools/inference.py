@@ -334,7 +334,8 @@ def main(argv: list[str] | None = None) -> None:
             find_backbone(model)
             if args.equilibrium < 0:
                 raise ValueError('--equilibrium N must be at least 1')
-    paint(model, source, image_batch(cfg, source, args.img), args)
+        data = image_batch(cfg, source, args.img)
+    paint(model, source, data, args)
     print(args.out)
 
 

@@ -901,8 +901,11 @@ def camvid_training(lr: float, warmup: Values | None) -> Values:
 SCENES_BACKBONE = mdeq(
     761_232,
     [24, 48, 96],
-    10,
-    exact(10),
+    8,
+    phantom(3, 0.5),
+    solver=anderson(8, 5),
+    jitter=[6, 12],
+    regularizer=jacobian(1.0, 0.1),
     expansion=3,
     batch_norm=('BatchNorm2d', 0.05),
     init_cfg=KAIMING,
@@ -915,7 +918,7 @@ SCENES_TRAINING = training(
     (1000, 'iterations'),
     batch=16,
     gpus=1,
-    warmup=warmup(750, 5, softplus=100),
+    warmup=warmup(250, 5, softplus=100),
     val_interval=500,
 )
 

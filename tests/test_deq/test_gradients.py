@@ -10,6 +10,7 @@ import torch
 from mdeq_mm.deq import FixedPointIteration, ImplicitLayer, SolverStats
 from mdeq_mm.deq.gradients import (
     Gradient,
+    ImplicitGradient,
     JacobianFreeGradient,
     PhantomGradient,
     SharedInverseGradient,
@@ -284,6 +285,7 @@ def test_graph_is_freed_and_none_of_it_stays_on_the_layer(parts):
         (lambda: build_implicit(EXACT, EXACT), ['is not a solver', 'Anderson']),
         (lambda: build_implicit(TIGHT, dict(type='ImplicitGradient', slover=1)), ['solver']),
         (lambda: build_implicit(TIGHT, EXACT, unrolled_layers=-1), ['unrolled_layers', '-1']),
+        (lambda: ImplicitGradient(solver='Broyden'), ['ImplicitGradient', 'solver', 'Broyden']),
         (lambda: TruncatedGradient(steps=0), ['steps', '0']),
         (lambda: TruncatedGradient(damping=0), ['damping', '0']),
         (lambda: PhantomGradient(damping=1.5), ['damping', '1.5']),

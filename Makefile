@@ -32,7 +32,7 @@ $(error STACK=$(STACK): want onedl or upstream)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install try demo test test-slow gpu soak docs lint format clean
+.PHONY: help install try demo test test-slow mutate gpu soak docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,13 @@ test-slow: $(STAMP)  ## train the digits network by every gradient: 20 minutes
 	@echo '==> slow tests'
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
+# mutmut's names: modules and functions, not files. Without FILES: hours.
+mutate: $(STAMP)  ## put faults into the code, one by one: FILES='mdeq_mm.deq.solvers.anderson*'
+	@$(PIP) -q -r requirements/mutation.txt
+	@echo '==> faults'
+	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run $(FILES)
+	@$(BIN)/python -m mutmut results
+
 # A test that fails does not keep the benchmark from running: a GPU may be there for minutes only.
 gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## on a GPU: its tests, then the benchmark; GPU_PYTHON=python3
 	@echo '==> tests on the GPU'
@@ -100,4 +107,4 @@ format: $(STAMP)  ## fix style and format
 	@$(BIN)/python -m ruff format .
 
 clean:  ## remove .venv and what builds leave
-	rm -rf .venv .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .hypothesis mutants

@@ -49,9 +49,9 @@ class ActivationsAndGradients:
             handle.remove()
 
 
-def show_cam_on_image(picture, mask, use_rgb):
+def show_cam_on_image(image, mask, use_rgb):
     painted = cv2.applyColorMap(np.uint8(255 * mask), cv2.COLORMAP_JET)
-    return np.uint8(255 * (picture / 2 + np.float32(painted) / 510))
+    return np.uint8(255 * (image / 2 + np.float32(painted) / 510))
 
 
 def provide_grad_cam(monkeypatch):

@@ -420,7 +420,7 @@ class TestWarmStart:
         wanted = [(0.5, 7, False), (0.5, 7, True), (0.1, 7, False), (0.1, 7, True)]
         assert found == [(pytest.approx(0.01), 14, False), *wanted]
 
-    def test_a_window_that_leaves_the_picture(self, tiny):
+    def test_a_window_that_leaves_the_image(self, tiny):
         folder = write_frames([(48, 80)])
         flags = ['--frames', '30', '--window', '32', '48', '--pixels', '2']
         with pytest.raises(SystemExit, match='30 frames of 32x48 by 2 pixels'):

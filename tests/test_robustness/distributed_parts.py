@@ -242,9 +242,9 @@ def work() -> None:
     parts: Dict[str, Callable[[], Any]] = {
         name: lambda name=name: train(rank, name) for name in GRADIENTS
     }
-    parts['uneven'] = lambda: uneven_reports(rank, results['ImplicitGradient']['runner'])
     parts['masks'] = lambda: dict(drawn=masks_of_one_seed())
     parts['sharded'] = sharded_steps
+    parts['uneven'] = lambda: uneven_reports(rank, results['ImplicitGradient']['runner'])
     results: Dict[str, Any] = {}
     failed = None
     for name, part in parts.items():

@@ -78,7 +78,7 @@ WITHOUT = {
     *('Gradient', 'ImplicitGradient', 'IterationSeedHook', 'JacobianFreeGradient', 'Part'),
     *('CellProblem', 'FunctionProblem', 'Problem', 'Solution', 'SolverStats', 'Status'),
     *('PreviousStart', 'ZeroStart', 'implicit_layers', 'problem_of', 'ScaleOutput', 'build_norm'),
-    *('check_groups', 'fusible', 'has_hooks', 'reset_masks', 'PresentClasses'),
+    *('check_groups', 'fusible', 'has_hooks', 'is_group_norm', 'reset_masks', 'PresentClasses'),
     # Theirs are those of the classes they are derived from.
     *('MDEQCheckpointHook', 'MDEQConv2d'),
 }

@@ -143,8 +143,8 @@ def test_joint_head_sends_both_losses_through_one_equilibrium(mmseg_scope):
     assert len(calls) == 1
     parameters = list(model.backbone.parameters())
     for name in ('seg.loss_ce', 'cls.loss'):
-        grads = torch.autograd.grad(losses[name], parameters, retain_graph=True)
-        assert all(grad.any() for grad in grads)
+        found = torch.autograd.grad(losses[name], parameters, retain_graph=True)
+        assert all(grad.any() for grad in found)
     total, log = model.parse_losses(losses)
     assert log['loss'].item() == pytest.approx(
         losses['seg.loss_ce'].item() + losses['cls.loss'].item(), rel=1e-5
@@ -191,7 +191,7 @@ def test_training_reports_the_metrics_of_both_tasks(tmp_path):
         'model.head.cls_neck.0.in_channels=(8,8)',
         'model.head.cls_neck.0.head_channels=(4,4)',
         'model.backbone.solver.max_iter=3',
-        'model.backbone.gradient.solver.max_iter=3',
+        'model.backbone.solver.jitter=(2,4)',
         'default_hooks.warmup.unrolled_iters=2',
         'default_hooks.warmup.softplus_iters=2',
         'train_dataloader.batch_size=4',

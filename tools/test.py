@@ -162,6 +162,7 @@ def prepare(args: argparse.Namespace) -> Config:
     cfg = load_config(args.config, args.work_dir, args.launcher)
     check_flags(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
+    check_checkpoint(args.checkpoint)
     missing = [n for n in ('test_dataloader', 'test_cfg', 'test_evaluator') if cfg.get(n) is None]
     if missing:
         raise ValueError(f'{args.config} has no {", ".join(missing)}, which a test needs; add them')
@@ -178,7 +179,8 @@ def prepare(args: argparse.Namespace) -> Config:
     if args.tta:
         set_tta(cfg)
     fit_to_machine(cfg)
-    check_checkpoint(cfg.load_from)
+    if cfg.load_from != args.checkpoint:
+        check_checkpoint(cfg.load_from)
     check_data(cfg, ('test_dataloader',))
     return cfg
 

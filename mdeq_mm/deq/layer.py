@@ -311,8 +311,8 @@ def _other_residual(solution: Solution, out: Tensor) -> tuple[float, float] | No
 
     The effect of rounding differs by dtype and device; the tolerance is generous.
     """
-    # Graphs and fake tensors have no values to compare.
-    graph = torch.compiler.is_compiling() or recording()
+    # Graphs, fake tensors and those on the meta device have no values to compare.
+    graph = torch.compiler.is_compiling() or recording() or out.is_meta
     if type(out) is not Tensor or graph or not out.shape[0]:
         return None
     device = out.device.type

@@ -181,6 +181,7 @@ def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
         'train_cfg.val_interval=2',
         'train_dataloader.batch_size=2',
         'model.backbone.solver.max_iter=2',
+        'model.backbone.solver.jitter=(1,3)',
         *IN_PROCESS,
     ]
     monkeypatch.syspath_prepend(str(REPO / 'tools'))
@@ -283,6 +284,7 @@ def test_tta_of_a_data_set_inside_another(tiny, seg_options, seg_checkpoint):
 
 def test_a_config_without_a_test_is_told_so(tiny):
     (tiny / 'none.py').write_text(SEGMENTOR + 'test_dataloader = test_evaluator = None\n')
+    torch.save(dict(state_dict={}), 'net.pth')
     with pytest.raises(SystemExit, match='none.py has no test_dataloader, test_evaluator, which'):
         test.main(['none.py', 'net.pth', '--amp'])
 

@@ -165,7 +165,7 @@ def _check_jitter(name: str, jitter: Any, max_iter: int) -> None:
     if not 1 <= jitter[0] <= max_iter <= jitter[1]:
         raise ValueError(
             f'{name}: jitter={jitter} must hold max_iter={max_iter} between its two ends, both at '
-            'least 1.'
+            'least 1. Change both, or set eval_solver=dict(max_iter=...) for evaluation alone.'
         )
 
 

@@ -7,7 +7,6 @@ shown where the process does not end as it should.
 import gc
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -82,7 +81,6 @@ def _call(function: Callable[..., Any], args: tuple, folder: str, log: str, env:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.path.insert(0, str(ROOT / 'tools'))
     from tests import plain_dump  # noqa: F401
 
     function(*args)

@@ -1,20 +1,25 @@
 """tools/benchmarks: ratios of minima over interleaved rounds, and suites that run."""
 
 import argparse
-import importlib
 import json
 import math
 import mmap
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import explicit
+import gpu
+import learn
+import memory
 import pytest
+import run as benchmark
+import scale
 import torch
+import worker
 
 from mdeq_mm.kernels import extension
 from tools.benchmarks.timing import Result, interleaved
@@ -25,23 +30,9 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDER = REPO / 'tools/benchmarks'
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """Give a function that imports a module of the folder by its name, as the scripts there do."""
-    names = {path.stem for path in FOLDER.glob('*.py')}
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name, None) for name in names}
-    yield importlib.import_module
-    for name, old in before.items():
-        sys.modules.pop(name, None)
-        if old is not None:
-            sys.modules[name] = old
-
-
-@pytest.fixture
-def run(module):
-    """Give a function that runs a suite in this process."""
-    return lambda *arguments: module('run').main([str(argument) for argument in arguments])
+def run(*arguments):
+    """Run a suite in this process."""
+    benchmark.main([str(argument) for argument in arguments])
 
 
 def test_ratios_are_those_of_the_minima():
@@ -63,7 +54,7 @@ def test_every_round_runs_every_candidate_once():
 
 
 @pytest.mark.parametrize('suite, base, count', [('solver', 'f alone', 7), ('step', None, 8)])
-def test_suites_write_numbers_and_a_plot(run, tmp_path, suite, base, count):
+def test_suites_write_numbers_and_a_plot(tmp_path, suite, base, count):
     pytest.importorskip('mmpretrain')
     flags = ['--suite', suite, '--repeats', '1', '--batch', '1', '--nfe', '2', '--device', 'cpu']
     run(*flags, '--out', tmp_path)
@@ -80,14 +71,12 @@ def test_suites_write_numbers_and_a_plot(run, tmp_path, suite, base, count):
 @pytest.mark.parametrize(
     'net, rows', [pytest.param('large', 4, marks=pytest.mark.slow), ('cityscapes', 3)]
 )
-def test_time_and_memory_stand_beside_those_of_an_explicit_net(
-    run, module, monkeypatch, tmp_path, net, rows
-):
+def test_time_and_memory_stand_beside_those_of_an_explicit_net(monkeypatch, tmp_path, net, rows):
     """Memory is measured of one step a row, whose process another test starts."""
     pytest.importorskip('mmpretrain')
     pytest.importorskip('mmseg')
     flags = ['--suite', 'step', '--net', net, '--repeats', '1', '--batch', '1', '--device', 'cpu']
-    explicit, measured = module('explicit'), []
+    measured = []
 
     def peak_memory(device, build, *args):
         measured.append(args)
@@ -108,7 +97,7 @@ def test_time_and_memory_stand_beside_those_of_an_explicit_net(
     assert (tmp_path / f'step_{net}.png').is_file()
 
 
-def test_fused_operations_are_timed_beside_those_of_torch(run, tmp_path):
+def test_fused_operations_are_timed_beside_those_of_torch(tmp_path):
     if extension.load():
         pytest.skip(f'no C++ operations: {extension.load()}')
     flags = ['--suite', 'f', '--repeats', '2', '--batch', '1', '--device', 'cpu']
@@ -130,29 +119,29 @@ def test_fused_operations_are_timed_beside_those_of_torch(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_timed_beside_one(module):
-    assert len(module('scale').processes(1, 2, 2)['ratio']) == 3
+def test_two_processes_are_timed_beside_one():
+    assert len(scale.processes(1, 2, 2)['ratio']) == 3
 
 
-def test_peak_memory_is_what_a_block_holds_above_its_start(module):
-    with module('memory').PeakMemory('cpu') as memory, mmap.mmap(-1, 2**27) as block:
+def test_peak_memory_is_what_a_block_holds_above_its_start():
+    with memory.PeakMemory('cpu') as watched, mmap.mmap(-1, 2**27) as block:
         # Pages of its own: a process may hold freed memory, which a new array would take.
         for start in range(0, len(block), mmap.PAGESIZE):
             block[start] = 1
         # Until the watching thread, which looks every 2 ms, has seen it.
-        while memory.peak < 2**26:
+        while watched.peak < 2**26:
             pass
-    assert memory.peak >= 2**26
+    assert watched.peak >= 2**26
 
 
-def test_peak_memory_of_a_step_is_taken_in_a_process_of_its_own(module):
+def test_peak_memory_of_a_step_is_taken_in_a_process_of_its_own():
     """A step that ends its process, which this one survives."""
     with pytest.raises(BrokenProcessPool):
-        module('memory').peak_memory('cpu', os._exit, 3)
+        memory.peak_memory('cpu', os._exit, 3)
     assert 'MALLOC_MMAP_THRESHOLD_' not in os.environ
 
 
-def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path, monkeypatch, run):
+def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path, monkeypatch):
     """In the place of a GPU, a CPU, on which mmpretrain is broken."""
     (tmp_path / 'mmpretrain').mkdir()
     (tmp_path / 'mmpretrain/__init__.py').write_text('raise OSError("broken | by a pipe")')
@@ -179,8 +168,7 @@ def test_what_fails_stands_in_the_table_and_stops_no_other(tmp_path, monkeypatch
     assert float(second[6]) == pytest.approx(1e3 * min(row['seconds']), rel=1e-3)
 
 
-def test_every_combination_is_measured_once_on_a_machine(module, tmp_path):
-    gpu = module('gpu')
+def test_every_combination_is_measured_once_on_a_machine(tmp_path):
     every = gpu.rows(24)
     assert len({row.name for row in every}) == len(every)
     count = Counter((row.net, row.nfe, row.code) for row in every)
@@ -209,58 +197,57 @@ def test_every_combination_is_measured_once_on_a_machine(module, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
-def test_a_row_that_ends_its_process_or_lasts_too_long_is_told(module, monkeypatch):
+def test_a_row_that_ends_its_process_or_lasts_too_long_is_told(monkeypatch):
     fork = torch.multiprocessing.get_context('fork')
     # Nothing here needs a process that knows nothing of this one, which takes seconds to begin.
     monkeypatch.setattr(torch.multiprocessing, 'get_context', lambda kind: fork)
-    with module('worker').Worker() as worker:
-        assert worker.run(math.sqrt, 4, limit=300) == (2, None)
-        assert worker.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
-        killed = worker.run(signal.raise_signal, signal.SIGKILL, limit=300)
+    with worker.Worker() as process:
+        assert process.run(math.sqrt, 4, limit=300) == (2, None)
+        assert process.run(math.sqrt, -1, limit=300)[1].startswith('ValueError: ')
+        killed = process.run(signal.raise_signal, signal.SIGKILL, limit=300)
         assert killed == (None, 'the process ended with exit code -9')
         # It waits for a signal that nobody sends.
-        assert worker.run(signal.pause, limit=0) == (None, 'not done after 0 s')
-        assert worker.run(math.sqrt, 9, limit=300) == (3, None)
+        assert process.run(signal.pause, limit=0) == (None, 'not done after 0 s')
+        assert process.run(math.sqrt, 9, limit=300) == (3, None)
 
 
-def test_no_gpu_is_told_at_once(module, monkeypatch, capsys):
+def test_no_gpu_is_told_at_once(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit):
-        module('run').parse_args(['--suite', 'gpu', '--device', 'cuda'])
+        benchmark.parse_args(['--suite', 'gpu', '--device', 'cuda'])
     assert 'finds no GPU here' in capsys.readouterr().err
 
 
 @pytest.fixture
-def learn(module, monkeypatch, tmp_path):
+def train_to(monkeypatch, tmp_path):
     """Give a function that trains by two recipes, on twenty images, to a wanted accuracy."""
     pytest.importorskip('mmpretrain')
-    suite = module('learn')
     rows = {
-        name: ({**suite.FEW, 'train_cfg.max_epochs': 2, 'model.backbone.drop_rate': rate}, None)
+        name: ({**learn.FEW, 'train_cfg.max_epochs': 2, 'model.backbone.drop_rate': rate}, None)
         for name, rate in (('one', 0.0), ('other', 0.1))
     }
     data = write_class_folders(tmp_path / 'digits', dict(train=2, test=1))
 
     def run(accuracy):
-        monkeypatch.setattr(suite, 'candidates', lambda: rows)
-        monkeypatch.setattr(suite, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
-        return suite.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
+        monkeypatch.setattr(learn, 'candidates', lambda: rows)
+        monkeypatch.setattr(learn, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
+        return learn.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
 
     return run
 
 
-def test_training_ends_at_the_wanted_accuracy(learn, monkeypatch):
+def test_training_ends_at_the_wanted_accuracy(train_to, monkeypatch):
     epochs = []
     monkeypatch.setattr(
         'mmengine.hooks.LoggerHook.after_val_epoch', lambda *call, **_: epochs.append(1)
     )
-    result = learn(0.0)
+    result = train_to(0.0)
     # One epoch of each recipe: any accuracy is enough.
     assert len(epochs) == 2
     assert {name: len(values) for name, values in result['samples'].items()} == dict(one=1, other=1)
     assert min(result['minimum'].values()) > 0 and result['missed'] == {}
 
 
-def test_a_recipe_that_never_gets_there_has_no_time(learn):
+def test_a_recipe_that_never_gets_there_has_no_time(train_to):
     with pytest.raises(RuntimeError, match=r'no recipe reached 101%: .*one.*other'):
-        learn(101)
+        train_to(101)

@@ -7,7 +7,12 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import _records
+import _report
+import _single_run
+import _studies
 import pytest
+import study as study_tool
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -22,21 +27,13 @@ NETS = ('mdeq_tiny', 'deq_tiny', 'resnet18_w8', 'node', 'anode')
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """Give a module of tools/studies, imported as the script beside it does."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools/studies'))
-    return importlib.import_module
-
-
-@pytest.fixture
-def run(tool, tmp_path):
+def run(tmp_path):
     """Give a function that runs the script in this process, on ten images of two classes."""
     data = write_class_folders(tmp_path / 'data', dict(train=5, test=2), num_classes=2, size=8)
-    script = tool('study')
 
-    def main(study, *flags, out='out', work_dir='work'):
+    def main(name, *flags, out='out', work_dir='work'):
         places = ['--out', str(tmp_path / out), '--work-dir', str(tmp_path / work_dir)]
-        script.main([study, '--data-root', str(data), '--jobs', '0', *places, *flags])
+        study_tool.main([name, '--data-root', str(data), '--jobs', '0', *places, *flags])
 
     return main
 
@@ -48,7 +45,7 @@ def result(tmp_path, study, row, seed=0, out='out'):
 # --- Runs -------------------------------------------------------------------------------------
 
 
-def test_rows_are_trained_and_tested(run, tool, tmp_path, monkeypatch):
+def test_rows_are_trained_and_tested(run, tmp_path, monkeypatch):
     rows = ('jacobian_free', 'penalty')
     run('recipes', '--rows', *rows, '--seeds', '3', '--epochs', '1')
     for row in rows:
@@ -59,9 +56,7 @@ def test_rows_are_trained_and_tested(run, tool, tmp_path, monkeypatch):
         (epoch,) = found['history']
         assert epoch['loss'] > 0 and 0 < epoch['cpu_seconds'] == found['cpu_seconds']
         assert epoch['accuracy'] == found['accuracy'] in (0, 25, 50, 75, 100)
-        assert [point['evaluations'] for point in found['evaluations']] == list(
-            tool('_studies').COUNTS
-        )
+        assert [point['evaluations'] for point in found['evaluations']] == list(_studies.COUNTS)
         residuals = [point['residual'] for point in found['evaluations']]
         assert residuals == sorted(residuals, reverse=True) and found['budget'] == 8
         radius = found['spectral_radius']
@@ -94,10 +89,8 @@ def interrupt(monkeypatch, method, call):
 
 
 @pytest.mark.parametrize('method, call', [('EpochBasedTrainLoop.run_iter', 2), ('ValLoop.run', 2)])
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    method, call, run, tool, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(tool('_single_run'), 'COUNTS', (2, 8))
+def test_an_interrupted_run_ends_as_one_that_was_not(method, call, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_single_run, 'COUNTS', (2, 8))
     flags = ('recipes', '--rows', 'narrow', '--seeds', '0', '--epochs', '2')
     run(*flags, out='whole', work_dir='whole_work')
     with monkeypatch.context() as patch:
@@ -125,9 +118,9 @@ def test_an_unfinished_run_of_other_settings_is_refused(run, tmp_path, monkeypat
         run(*flags, '--epochs', '1')
 
 
-def test_a_result_of_other_settings_is_refused(run, tool, tmp_path):
-    study = tool('_studies').RECIPES
-    records = tool('_records')
+def test_a_result_of_other_settings_is_refused(run, tmp_path):
+    study = _studies.RECIPES
+    records = _records
     settings = records.settings_of(study, study.rows['few'], 0, 5)
     records.write_json(tmp_path / 'out/recipes/few_seed0.json', settings)
     with pytest.raises(
@@ -136,10 +129,10 @@ def test_a_result_of_other_settings_is_refused(run, tool, tmp_path):
         run('recipes', '--rows', 'few', '--seeds', '0', '--epochs', '2')
 
 
-def test_missing_images_are_named(tool, tmp_path):
+def test_missing_images_are_named(tmp_path):
     places = ['--out', str(tmp_path), '--work-dir', str(tmp_path), '--data-root', '/nowhere']
     with pytest.raises(SystemExit, match='/nowhere'):
-        tool('study').main(['recipes', '--rows', 'few', '--jobs', '0', *places])
+        study_tool.main(['recipes', '--rows', 'few', '--jobs', '0', *places])
 
 
 def test_explicit_nets_have_an_accuracy_and_no_evaluations(run, tmp_path):
@@ -149,8 +142,8 @@ def test_explicit_nets_have_an_accuracy_and_no_evaluations(run, tmp_path):
     assert not {'evaluations', 'spectral_radius', 'budget'} & found.keys()
 
 
-def test_equal_time_is_counted_in_epochs(run, tool, tmp_path):
-    records = tool('_records')
+def test_equal_time_is_counted_in_epochs(run, tmp_path):
+    records = _records
     with pytest.raises(SystemExit, match='mdeq_seed1.json'):
         run('table1', '--rows', 'resnet18_same_time', '--seeds', '1', '--epochs', '2')
     for name, seconds in (('mdeq', 60.0), ('resnet18', 40.0)):
@@ -161,13 +154,13 @@ def test_equal_time_is_counted_in_epochs(run, tool, tmp_path):
     assert found['epochs'] == len(found['history']) == 3
 
 
-def test_tuning_keeps_to_the_training_images(run, tool, tmp_path):
-    row, study = 'resnet18_lr0.003_wd0.001', tool('_studies').TUNING
+def test_tuning_keeps_to_the_training_images(run, tmp_path):
+    row, study = 'resnet18_lr0.003_wd0.001', _studies.TUNING
     run('tuning', '--rows', row, '--epochs', '1')
     found = result(tmp_path, 'tuning', row)
     assert (found['training_images'], found['test_images']) == (8, 2)
-    settings = tool('_records').settings_of(study, study.rows[row], 0, 1)
-    cfg = tool('_single_run').make_config(
+    settings = _records.settings_of(study, study.rows[row], 0, 1)
+    cfg = _single_run.make_config(
         study.rows[row], settings, str(tmp_path / 'data'), tmp_path / 'new'
     )
     optimizer = cfg.optim_wrapper.optimizer
@@ -178,10 +171,10 @@ def test_tuning_keeps_to_the_training_images(run, tool, tmp_path):
         assert sorted(trained.indices + loader.dataset.indices) == list(range(10))
 
 
-def test_the_warm_up_is_a_share_of_the_iterations(run, tool, tmp_path):
-    study = tool('_studies').RECIPES
-    settings = tool('_records').settings_of(study, study.rows['paper'], 0, 40)
-    cfg = tool('_single_run').make_config(
+def test_the_warm_up_is_a_share_of_the_iterations(run, tmp_path):
+    study = _studies.RECIPES
+    settings = _records.settings_of(study, study.rows['paper'], 0, 40)
+    cfg = _single_run.make_config(
         study.rows['paper'], settings, str(tmp_path / 'data'), tmp_path / 'new'
     )
     warmup = cfg.default_hooks.warmup
@@ -194,7 +187,7 @@ def test_the_warm_up_is_a_share_of_the_iterations(run, tool, tmp_path):
 # --- Processes --------------------------------------------------------------------------------
 
 
-def test_runs_are_processes_of_one_thread(run, tool, tmp_path, capfd):
+def test_runs_are_processes_of_one_thread(run, tmp_path, capfd):
     flags = ('--rows', 'resnet18', '--seeds', '0', '--epochs', '1', '--jobs', '2')
     run('table1', *flags)
     assert result(tmp_path, 'table1', 'resnet18')['threads'] == 1
@@ -202,7 +195,7 @@ def test_runs_are_processes_of_one_thread(run, tool, tmp_path, capfd):
     assert str(log) in capfd.readouterr().out and 'Epoch(val) [1]' in log.read_text()
 
 
-def test_a_failed_run_is_named_and_the_others_are_done(run, tool, monkeypatch, tmp_path, capfd):
+def test_a_failed_run_is_named_and_the_others_are_done(run, monkeypatch, tmp_path, capfd):
     started = []
 
     class Process:
@@ -276,9 +269,9 @@ def known_run(row, seed, seconds, accuracies, budget=8):
 
 
 @pytest.fixture
-def known(tool, tmp_path):
+def known(tmp_path):
     """Give a folder of runs with known numbers."""
-    write = tool('_records').write_json
+    write = _records.write_json
     for seed in (0, 1):
         for row, seconds, budget in (('paper', 1200, 18), ('penalty', 300, 8)):
             accuracies = {8: 50.0 + 2 * seed, 18: 54.0}
@@ -295,14 +288,14 @@ def known(tool, tmp_path):
     return tmp_path
 
 
-def printed(tool, capsys, folder, study, *flags):
-    tool('study').main([study, '--out', str(folder), '--table', *flags])
+def printed(capsys, folder, study, *flags):
+    study_tool.main([study, '--out', str(folder), '--table', *flags])
     lines = capsys.readouterr().out.strip().splitlines()
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
 
 
-def test_the_table_has_means_and_deviations_over_seeds(known, tool, capsys):
-    head, rule, *rows = printed(tool, capsys, known, 'recipes')
+def test_the_table_has_means_and_deviations_over_seeds(known, capsys):
+    head, rule, *rows = printed(capsys, known, 'recipes')
     assert set(rule) == {'---'} and len({len(line) for line in (head, *rows)}) == 1
     paper, penalty = (dict(zip(head, row)) for row in rows)
     assert paper['seeds'] == penalty['seeds'] == '2'
@@ -315,29 +308,29 @@ def test_the_table_has_means_and_deviations_over_seeds(known, tool, capsys):
     assert penalty['radius'] == '1.00 ± 0.71' and penalty['accuracy'] == '42.5 ± 0.7'
 
 
-def test_the_table_of_nets_leaves_explicit_ones_without_evaluations(known, tool, capsys):
-    head, _, *rows = printed(tool, capsys, known, 'table1')
+def test_the_table_of_nets_leaves_explicit_ones_without_evaluations(known, capsys):
+    head, _, *rows = printed(capsys, known, 'table1')
     resnet, mdeq = (dict(zip(head, row)) for row in rows)
     assert 'of the first' not in head
     assert resnet['at 8'] == resnet['radius'] == ''
     assert mdeq['at 8'] == '**60.0**' and mdeq['at 40'] == '59.5' and mdeq['radius'] == '0.50'
 
 
-def test_some_rows_alone(known, tool, capsys):
-    head, _, *rows = printed(tool, capsys, known, 'recipes', '--rows', 'penalty')
+def test_some_rows_alone(known, capsys):
+    head, _, *rows = printed(capsys, known, 'recipes', '--rows', 'penalty')
     assert len(rows) == 1 and 'of the first' not in head
 
 
-def test_nothing_finished_is_said(tool, tmp_path):
+def test_nothing_finished_is_said(tmp_path):
     with pytest.raises(SystemExit, match='no finished runs in .*recipes'):
-        tool('study').main(['recipes', '--out', str(tmp_path), '--table'])
+        study_tool.main(['recipes', '--out', str(tmp_path), '--table'])
 
 
-def test_the_chart_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
-    tool('study').main(['recipes', '--out', str(known), '--plot'])
+def test_the_chart_of_recipes_is_accuracy_by_evaluations(known, capsys):
+    study_tool.main(['recipes', '--out', str(known), '--plot'])
     path = Path(capsys.readouterr().out.strip())
     assert path == known / 'recipes/recipes.png' and path.stat().st_size > 10_000
-    report, study = tool('_report'), tool('_studies').RECIPES
+    report, study = _report, _studies.RECIPES
     (plot,) = report.chart(study, report.read_results(study, known / 'recipes')).axes
     paper, penalty = plot.lines
     assert paper.get_label() == study.rows['paper'].title
@@ -345,26 +338,26 @@ def test_the_chart_of_recipes_is_accuracy_by_evaluations(known, tool, capsys):
     assert len(plot.collections) == 2  # a band each
 
 
-def test_the_chart_of_nets_is_accuracy_by_epoch_and_by_time(known, tool, tmp_path):
+def test_the_chart_of_nets_is_accuracy_by_epoch_and_by_time(known, tmp_path):
     path = tmp_path / 'new/nets.png'
-    tool('study').main(['table1', '--out', str(known), '--plot', str(path)])
+    study_tool.main(['table1', '--out', str(known), '--plot', str(path)])
     assert path.stat().st_size > 10_000
-    report, study = tool('_report'), tool('_studies').TABLE1
+    report, study = _report, _studies.TABLE1
     left, right = report.chart(study, report.read_results(study, known / 'table1')).axes
     assert left.lines[0].get_xydata().tolist() == [[1, 41.5], [2, 42.5]]
     assert right.lines[0].get_xydata().tolist() == [[0.5, 41.5], [1, 42.5]]
     assert right.lines[1].get_xydata().tolist() == [[5, 41], [10, 42]]
 
 
-def test_rows_are_listed_with_what_is_done(known, tool, capsys):
-    tool('study').main(['recipes', '--out', str(known), '--list'])
+def test_rows_are_listed_with_what_is_done(known, capsys):
+    study_tool.main(['recipes', '--out', str(known), '--list'])
     text = capsys.readouterr().out
     assert '2 of 3 done, 5.0 CPU minutes each' in text and 'phantom5: ' in text
 
 
-def test_an_unknown_row_is_named(tool, capsys):
+def test_an_unknown_row_is_named(capsys):
     with pytest.raises(SystemExit):
-        tool('study').main(['table1', '--rows', 'resnet50', '--list'])
+        study_tool.main(['table1', '--rows', 'resnet50', '--list'])
     assert 'resnet50: table1 has node, anode' in capsys.readouterr().err
 
 
@@ -434,8 +427,8 @@ def test_images_enter_the_net_as_normalized_red_green_blue(tmp_path):
     torch.testing.assert_close(found, (torch.tensor([red, green, blue]) - mean) / std)
 
 
-def test_every_row_makes_a_model_of_its_recipe(tool):
-    studies = tool('_studies')
+def test_every_row_makes_a_model_of_its_recipe():
+    studies = _studies
     rows = {**studies.RECIPES.rows, **studies.PENALTIES.rows}
     for name, row in rows.items():
         cfg = config('mdeq_tiny')
@@ -448,8 +441,8 @@ def test_every_row_makes_a_model_of_its_recipe(tool):
         assert implicit.solver.max_iter == (18 if name == 'paper' else 8), name
 
 
-def test_settings_of_the_rows_are_those_that_configs_have(tool):
-    for study in tool('_studies').STUDIES.values():
+def test_settings_of_the_rows_are_those_that_configs_have():
+    for study in _studies.STUDIES.values():
         for name, row in study.rows.items():
             for option in row.options:
                 node = config(row.config.removesuffix('_cifar10_5k'))

@@ -1,6 +1,5 @@
 """tools/train.py and tools/test.py, from the command line and from Python."""
 
-import importlib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ from mmengine.optim import ApexOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
 from mdeq_mm.apis import DATALOADERS, build_runner, check_data
-from tools import test, train
+from tools import demo, test, train
 
 from ..checks import assert_same
 from ..mini_datasets import write_cityscapes, write_class_folders
@@ -184,7 +183,6 @@ def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
         'model.backbone.solver.jitter=(1,3)',
         *IN_PROCESS,
     ]
-    monkeypatch.syspath_prepend(str(REPO / 'tools'))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['demo.py', *options])
 
@@ -197,7 +195,6 @@ def test_demo_trains_evaluates_and_paints(tmp_path, monkeypatch, capsys):
             patch.setattr(sys, 'argv', [script, *arguments, *few])
             runpy.run_path(script, run_name='__main__')
 
-    demo = importlib.import_module('demo')
     monkeypatch.setattr(demo, 'subprocess', SimpleNamespace(run=convert))
     demo.main()
     out = capsys.readouterr().out

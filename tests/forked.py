@@ -36,6 +36,8 @@ def start(
     given = (function, args, str(folder), log, dict(env or {}))
     process = CONTEXT.Process(target=_call, args=given)
     process.log = Path(folder, log)
+    # A process may be killed before it has opened the file.
+    process.log.touch()
     process.start()
     return process
 

@@ -22,8 +22,9 @@ def check_data(cfg: Config, names: tuple[str, ...]) -> None:
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     for name in names:
         if cfg.get(name) is not None:
-            for dataset in _datasets_in(cfg[name].get('dataset')):
-                _check_dataset(name, dataset)
+            for dataset in inner_datasets(cfg[name].get('dataset')):
+                if dataset.get('data_root'):
+                    _check_dataset(name, dataset)
 
 
 def dataset_class(dataset: dict) -> Any:
@@ -58,18 +59,6 @@ def test_dataset(cfg: Config) -> dict | None:
         if found is not None:
             return found
     return None
-
-
-def _datasets_in(node: Any) -> Iterator[dict]:
-    """Yield every data set inside wrappers (repeated, concatenated, ...)."""
-    if isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _datasets_in(item)
-    elif isinstance(node, dict):
-        if node.get('data_root'):
-            yield node
-        for key in ('dataset', 'datasets'):
-            yield from _datasets_in(node.get(key))
 
 
 def _check_dataset(name: str, dataset: dict) -> None:

@@ -62,7 +62,7 @@ PAIRS = dict(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Time a training step of both nets in turn, and its peak memory in a process of its own."""
     pair = PAIRS[args.net]
-    size = args.crop if pair.size is None else pair.size
+    size = pair.size or args.crop
     shape = (args.batch, 3, *size)
     low = {'': None, **({', bf16': torch.bfloat16} if has_bfloat16(args.device) else {})}
     cases = {

@@ -7,12 +7,12 @@ from mdeq_mm.kernels import extension, resolve
 from mdeq_mm.optim import has_bfloat16
 
 import torch
-from nets import LARGE, SMALL, TINY, autocast, backbone
+from explicit import PAIRS
+from nets import TINY, autocast, backbone
 from timing import Result, Step, count_operations, interleaved, matmul_rate, timed
 from torch.profiler import ProfilerActivity, profile
 
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16)
-NETS = dict(tiny=TINY, large=LARGE, cityscapes=SMALL)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,11 +65,14 @@ def candidates(
     args: argparse.Namespace, precision: str, kernels: tuple[str, ...]
 ) -> dict[str, Step]:
     """f and vjp of each kernel, by name."""
-    size = args.crop if args.net == 'cityscapes' else (32, 32)
+    if args.net in PAIRS:
+        net_options, size = PAIRS[args.net].options, PAIRS[args.net].size or args.crop
+    else:
+        net_options, size = TINY, (32, 32)
     x = torch.randn(args.batch, 3, *size, device=args.device)
     steps: dict[str, Step] = {}
     for kernel in kernels:
-        net = backbone(args.device, **NETS[args.net], norm_kernel=kernel).train()
+        net = backbone(args.device, **net_options, norm_kernel=kernel).train()
         cast = autocast(x.device, PRECISIONS[precision])
         with torch.no_grad(), cast:
             problem = net.problem(x)

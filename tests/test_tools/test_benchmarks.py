@@ -229,7 +229,7 @@ def train_to(monkeypatch, tmp_path):
     data = write_class_folders(tmp_path / 'digits', dict(train=2, test=1))
 
     def run(accuracy):
-        monkeypatch.setattr(learn, 'candidates', lambda: rows)
+        monkeypatch.setattr(learn, 'candidates', lambda task: rows)
         monkeypatch.setattr(learn, 'TASKS', dict(digits=('mdeq_tiny_digits', accuracy)))
         return learn.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
 

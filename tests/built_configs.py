@@ -21,6 +21,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
+from mmseg.models import SegDataPreProcessor
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -601,8 +602,11 @@ def _preprocessor(runner: Runner, folder: Path) -> dict[str, Any]:
         std.append(round(255 / slopes[source], 4))
         mean.append(round(-float(seen['black'][channel]) * 255 / slopes[source], 4))
     preprocessor = runner.model.data_preprocessor
-    names = ('size', 'size_divisor', 'pad_size_divisor', 'pad_val', 'pad_value', 'seg_pad_val')
-    padding = {name: plain(getattr(preprocessor, name, None)) for name in names}
+    # Each pads by options of its own; what it only inherits it does not look at.
+    names = ('pad_size_divisor', 'pad_value')
+    if isinstance(preprocessor, SegDataPreProcessor):
+        names = ('size', 'size_divisor', 'pad_val', 'seg_pad_val')
+    padding = {name: plain(getattr(preprocessor, name)) for name in names}
     return dict(
         type=type(preprocessor).__name__,
         order=order,

@@ -13,7 +13,7 @@ from torch import nn
 class GradCAM:
     """Gradients, averaged over the map, weigh the channels of an activation."""
 
-    def __init__(self, model, target_layers):
+    def __init__(self, model, target_layers, use_cuda=False):
         self.model, self.target_layers = model, target_layers
         self.activations_and_grads = ActivationsAndGradients(model, target_layers, None)
 

@@ -461,9 +461,7 @@ def of_maps(rows: int, columns: int) -> Values:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         num_classes=None,
-        padding=dict(
-            size=[rows, columns], pad_size_divisor=1, pad_val=0, pad_value=0, seg_pad_val=255
-        ),
+        padding=dict(size=[rows, columns], pad_val=0, seg_pad_val=255),
     )
 
 

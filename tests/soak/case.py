@@ -40,11 +40,11 @@ def require(holds: Any, what: str) -> None:
         raise Violation(what)
 
 
-def require_equal(got: Any, wanted: Any, what: str) -> None:
-    """Two lists of tensors are equal bit for bit, nan included."""
+def require_equal(got: Any, wanted: Any, what: str, rtol: float = 0) -> None:
+    """Two lists of tensors are equal, nan included; bit for bit, unless ``rtol`` says otherwise."""
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         same = (a is None) == (b is None)
-        same = same and (a is None or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+        same = same and (a is None or torch.allclose(a, b, rtol=rtol, atol=0, equal_nan=True))
         if not same:
             gap = 'one is None' if a is None or b is None else f'{(a - b).abs().max():.3g}'
             raise Violation(f'{what}: tensor {index} differs by {gap}')

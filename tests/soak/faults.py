@@ -166,7 +166,8 @@ def small_problems(case: Case) -> None:
                     torch.zeros(1, d, dtype=torch.float64),
                     solver,
                 )
-                require_equal([alone.z], [both.z[rows]], f'row {row} of {solver}')
+                # Products of another batch may be rounded in another order.
+                require_equal([alone.z], [both.z[rows]], f'row {row} of {solver}', rtol=1e-6)
 
 
 def check_solution(found: Solution, f: Callable, solver: Solver) -> None:

@@ -82,9 +82,12 @@ def trained(cfg, data, device, steps=1, **wrapper):
 
 
 def check_moved(model, before):
-    """Every parameter of f is finite and has changed."""
+    """Every parameter of f is finite, and all have changed that can."""
     for (name, p), old in zip(model.backbone.cell.named_parameters(), before, strict=True):
-        assert torch.isfinite(p).all() and not torch.equal(p, old), name
+        assert torch.isfinite(p).all(), name
+        # The norm behind the first convolution cancels its gain.
+        moves = not name.endswith('conv1.parametrizations.weight.original0')
+        assert not moves or not torch.equal(p, old), name
 
 
 @every_task

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from mdeq_mm.deq import Anderson, FixedPointIteration, LimitedMemoryBroyden, solve
 
-from ..checks import assert_same
+from ..checks import assert_same, needs_fake_cuda
 
 CONFIGS = sorted((Path(__file__).parents[2] / 'configs').glob('mdeq_*.py'))
 # Their wrapped projects are optional here; the backbone is that of MDEQ-small.
@@ -37,6 +37,7 @@ def built(path):
         return revert_sync_batchnorm(MODELS.build(model))
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_model_runs_on_a_gpu_in_every_precision(path, monkeypatch):
     # Without a GPU autocast for one switches itself off.
@@ -63,6 +64,7 @@ def test_every_model_runs_on_a_gpu_in_every_precision(path, monkeypatch):
             maps.clear()
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize('channels_last', ['auto', False, True])
 def test_memory_format_on_a_gpu_is_the_one_asked_for(channels_last):
     formats = []
@@ -83,6 +85,7 @@ def test_memory_format_on_a_gpu_is_the_one_asked_for(channels_last):
     assert formats and all(all(f) == (channels_last is True) for f in formats)
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_a_net_in_half_precision_stays_there(dtype):
     seen = []
@@ -145,6 +148,7 @@ def test_a_late_look_gives_the_same_answer():
             assert_same(getattr(early, name), getattr(late, name), name)
 
 
+@needs_fake_cuda
 def test_a_fixed_budget_on_a_gpu_never_waits():
     for kind in (FixedPointIteration, Anderson, LimitedMemoryBroyden):
         with FakeTensorMode(), torch.device('cuda'):

@@ -211,6 +211,8 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
     """Only the dropout is in training mode, as for Monte Carlo estimates of uncertainty."""
     torch.manual_seed(0)
     net, masks, samples, seen = build().eval(), [], [], []
+    # torch 2.9 does not call the hooks of a module inside a compiled one.
+    watched = build is not backbone_with_compiled_cell
     assert_same(predict(net)[0], predict(net)[0])
     drops = [m for m in net.modules() if isinstance(m, VariationalDropout2d)]
     for drop in drops:
@@ -221,11 +223,13 @@ def test_monte_carlo_dropout_draws_a_mask_a_forward_pass(build):
         masks.clear()
         samples.append(predict(net)[0])
         # One mask for all evaluations of f, so that there is an equilibrium to find.
+        assert net.implicit.forward_stats.summary()['converged'] == 1
+        if not watched:
+            continue
         dropped = [mask.nan_to_num(0).amax(2) > 0.5 for mask in masks]
         assert len(dropped) > 2 and all(torch.equal(d, dropped[1]) for d in dropped[1:])
-        assert net.implicit.forward_stats.summary()['converged'] == 1
         seen.append(dropped[1])
-    assert len({tuple(mask.flatten().tolist()) for mask in seen}) > 1
+    assert len({tuple(mask.flatten().tolist()) for mask in seen}) > 1 or not watched
     assert len({tuple(out.flatten().tolist()) for out in samples}) > 1
     torch.manual_seed(0)
     assert_same(predict(net)[0], samples[0])

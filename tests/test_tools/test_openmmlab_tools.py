@@ -69,7 +69,13 @@ def parameters(config):
 )
 def test_operations_and_parameters(run, project, config, shape):
     shape = ['--shape', *map(str, shape)]
-    printed = run(project, 'analysis_tools/get_flops.py', config, *shape)
+    try:
+        printed = run(project, 'analysis_tools/get_flops.py', config, *shape)
+    except ValueError as error:
+        # As that of mmsegmentation 1.2.2 does, for whichever model.
+        if str(error) != '"input_shape" and "inputs" cannot be both set.':
+            raise
+        pytest.skip('this get_flops.py gives mmengine what it refuses')
     found = dict(re.findall(r'^(Flops|Params): ([\d.]+)[MG]', printed, re.MULTILINE))
     # Printed in millions, with three digits behind the point.
     assert float(found['Params']) == pytest.approx(parameters(config) / 1e6, abs=6e-4)

@@ -28,10 +28,11 @@ DEFAULTS = dict(
     JacobianRegularizer=dict(probability=1.0, samples=1),
     LimitedMemoryBroyden=dict(SOLVER, memory=5, history_dtype=None),
     PhantomGradient=dict(steps=5, damping=0.5),
+    PreviousStart=dict(history=False),
     SharedInverseGradient=dict(steps=0, max_growth=1.3),
     Solver=SOLVER,
     TruncatedGradient=dict(steps=5, damping=0.5),
-    solve=dict(keep_state=False, f_of_rows=None),
+    solve=dict(keep_state=False, f_of_rows=None, state=None),
     spectral_radius=dict(iterations=50),
     # Of hooks.
     MDEQRegularizerHook=dict(weight_step=0.0, step_interval=None, begin_iter=0, end_iter=None),
@@ -77,7 +78,7 @@ DEFAULTS = dict(
 WITHOUT = {
     *('Gradient', 'ImplicitGradient', 'IterationSeedHook', 'JacobianFreeGradient', 'Part'),
     *('CellProblem', 'FunctionProblem', 'Problem', 'Solution', 'SolverStats', 'Status'),
-    *('PreviousStart', 'ZeroStart', 'implicit_layers', 'problem_of', 'ScaleOutput', 'build_norm'),
+    *('ZeroStart', 'implicit_layers', 'problem_of', 'ScaleOutput', 'build_norm'),
     *('check_groups', 'fusible', 'has_hooks', 'is_group_norm', 'reset_masks', 'PresentClasses'),
     # Theirs are those of the classes they are derived from.
     *('MDEQCheckpointHook', 'MDEQConv2d'),

@@ -200,10 +200,16 @@ class ImplicitLayer(nn.Module):
         keeps = graph and self.gradient.needs_state
         if keeps:
             _check_learns(self.gradient, solver)
+        # The next solve would change the state that this one's gradient is to use.
+        carries = self.start.history and not (self.training or keeps or recording())
+        state = self.start.state(problem, solver) if carries else None
+        keeps = keeps or carries
         rows = problem.rows if skips and not keeps and problem.separable else None
-        solution = solve(problem, start, solver, keep_state=keeps, f_of_rows=rows)
+        solution = solve(problem, start, solver, keep_state=keeps, f_of_rows=rows, state=state)
         self._reports.forward = SolverStats.of(solution)
         self.start.remember(problem, solution.z, self.training)
+        if carries:
+            self.start.remember_state(problem, solver, solution)
         if not graph:
             with uncached_autocast(start.device.type):
                 out = problem(solution.z)

@@ -1,17 +1,22 @@
 """Where a solve begins."""
 
 import threading
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from ..options import immutable
+from ..options import check_flag, immutable
 from .problem import Problem, outside_inference
-from .solvers.base import Part
+from .solvers.base import Part, Solution, Solver, Status
 
 
 @immutable
 class ZeroStart(Part):
     """The problem's own start: zeros in an MDEQ, ``z0`` for a user's function."""
+
+    #: Whether a solve also goes on with what the last one learned of the Jacobian.
+    history = False
 
     def __call__(self, problem: Problem, training: bool) -> Tensor:
         """The state (N, D) to begin at; ``training`` is the layer's mode."""
@@ -19,6 +24,12 @@ class ZeroStart(Part):
 
     def remember(self, problem: Problem, z: Tensor, training: bool) -> None:
         """Called with the state (N, D) at which the solve of ``problem`` ended."""
+
+    def state(self, problem: Problem, solver: Solver) -> Any:
+        """The solver's state to go on with, or None; asked for in evaluation if ``history``."""
+
+    def remember_state(self, problem: Problem, solver: Solver, solution: Solution) -> None:
+        """Called with each solution that has such a state."""
 
     def reset(self) -> None:
         """Forget what was remembered."""
@@ -31,9 +42,17 @@ class PreviousStart(ZeroStart):
     A batch of another shape, dtype or device starts afresh. Training neither reads nor changes what
     is remembered. Each thread has its own stream. Nothing is saved: a copied or reloaded layer
     starts afresh.
+
+    Args:
+        history (bool): Anderson and Broyden also go on with the last solve's history, unless that
+            solve failed. It pays with a memory of about as many pairs as a solve has evaluations;
+            these stay allocated between frames.
     """
 
+    history: bool = False
+
     def __post_init__(self) -> None:
+        check_flag('PreviousStart', 'history', self.history)
         object.__setattr__(self, '_last', threading.local())
 
     def __call__(self, problem: Problem, training: bool) -> Tensor:
@@ -45,14 +64,28 @@ class PreviousStart(ZeroStart):
         if not training:
             self._last.kind, self._last.z = _kind(problem), z.detach()
 
+    def state(self, problem: Problem, solver: Solver) -> Any:
+        made_by = getattr(self._last, 'solved', None)
+        if made_by != (_kind(problem), solver) or self._last.state is None:
+            return None
+        tensors = {k: v for k, v in vars(self._last.state).items() if isinstance(v, Tensor)}
+        return replace(
+            self._last.state, **{name: outside_inference(t) for name, t in tensors.items()}
+        )
+
+    def remember_state(self, problem: Problem, solver: Solver, solution: Solution) -> None:
+        failed = (solution.status >= int(Status.DIVERGED)).any()
+        self._last.solved = _kind(problem), solver
+        self._last.state = None if failed else solution.state
+
     def reset(self) -> None:
         self._last.__dict__.clear()
 
     def __getstate__(self) -> dict:
-        return {}
+        return dict(history=self.history)
 
     def __setstate__(self, state: dict) -> None:
-        self.__post_init__()
+        self.__init__(**state)
 
 
 def _kind(problem: Problem) -> tuple:

@@ -1,5 +1,6 @@
 """The user's own f in plain torch: what it may be, and the errors for what it may not."""
 
+import copy
 import warnings
 from collections import namedtuple
 from functools import partial
@@ -20,6 +21,8 @@ from mdeq_mm.deq import (
     SharedInverseGradient,
     Status,
     TruncatedGradient,
+    problem_of,
+    solve,
 )
 from mdeq_mm.deq.solvers.products import Products, register_products
 
@@ -653,6 +656,81 @@ def test_unrolled_layers_pass_a_gradient_to_their_start():
     (got,) = torch.autograd.grad(z.sum(), z0)
     (wanted,) = torch.autograd.grad(torch.cos(torch.cos(z0)).sum(), z0)
     torch.testing.assert_close(got, wanted)
+
+
+def frames(dtype=torch.float64):
+    """f of each frame of a stream; neighbours have neighbouring equilibria and Jacobians."""
+    gen = torch.Generator().manual_seed(0)
+    coupling, x, drift = torch.randn(3, 40, 40, generator=gen, dtype=dtype)
+    coupling = 0.9 * coupling / torch.linalg.matrix_norm(coupling, 2)
+    for k in range(5):
+        yield lambda z, k=k: torch.tanh(z @ coupling + x[:2] + 0.02 * k * drift[:2])
+
+
+def evaluations_of_frames(solver, start, reset=False):
+    layer = ImplicitLayer(solver, JacobianFreeGradient(), start=start).eval()
+    counts = []
+    for f in frames():
+        if reset:
+            layer.start.reset()
+        z = layer(f, torch.zeros(2, 40, dtype=torch.float64))
+        torch.testing.assert_close(z, f(z), rtol=0, atol=1e-4)
+        counts.append(int(layer.forward_stats.num_iter.sum()))
+    return counts
+
+
+@pytest.mark.parametrize('kind', [Anderson, LimitedMemoryBroyden])
+def test_the_history_of_the_last_frame_saves_evaluations(kind):
+    solver = kind(max_iter=60, tol=1e-6, memory=20)
+    cold = evaluations_of_frames(solver, PreviousStart(history=True), reset=True)
+    warm = evaluations_of_frames(solver, PreviousStart())
+    both = evaluations_of_frames(solver, PreviousStart(history=True))
+    assert cold[0] == warm[0] == both[0]
+    assert sum(both[1:]) < 0.8 * sum(warm[1:]) and sum(warm[1:]) < sum(cold[1:])
+    copied = copy.deepcopy(PreviousStart(history=True))
+    assert evaluations_of_frames(solver, copied) == both
+    plain = FixedPointIteration(max_iter=200, tol=1e-6)
+    assert evaluations_of_frames(plain, PreviousStart(history=True)) == evaluations_of_frames(
+        plain, PreviousStart()
+    )
+
+
+def test_a_history_is_that_of_the_same_solver_and_of_a_solve_that_did_not_fail():
+    solver, start = LimitedMemoryBroyden(max_iter=60, tol=1e-6, memory=20), PreviousStart(True)
+    layer = ImplicitLayer(solver, JacobianFreeGradient(), start=start).eval()
+    *_, f = frames()
+    z0 = torch.zeros(2, 40, dtype=torch.float64)
+
+    def state(solver=solver, z0=z0):
+        return start.state(problem_of(f, z0), solver)
+
+    assert state() is None
+    with torch.inference_mode():
+        layer(f, z0)
+    assert state().count == state().used > 0
+    # Outside the mode that made them they could not be written to.
+    assert not state().tests.is_inference()
+    assert state(solver.replace(tol=1e-5)) is None and state(z0=z0[:1]) is None
+    layer.train()(f, z0)
+    assert state() is not None
+    layer.eval()(lambda z: z / 0, z0)
+    assert state() is None
+    with pytest.raises(ValueError, match=r'go on with .*\(2, 40\).*\(1, 40\)'):
+        solution = solve(f, z0, solver, keep_state=True)
+        solve(f, z0[:1], solver, state=solution.state)
+    with pytest.raises(ValueError, match='history must be True or False'):
+        PreviousStart(history='yes')
+
+
+def test_a_history_is_left_alone_where_a_gradient_needs_it():
+    solver = LimitedMemoryBroyden(max_iter=60, tol=1e-6, memory=20)
+    start = PreviousStart(history=True)
+    layer = ImplicitLayer(solver, SharedInverseGradient(steps=1), start=start).eval()
+    for f in frames():
+        weight = torch.ones(2, 40, dtype=torch.float64, requires_grad=True)
+        z0 = torch.zeros_like(weight)
+        layer(lambda z, f=f, weight=weight: f(z * weight), z0).sum().backward()
+        assert start.state(problem_of(f, z0), solver) is None and weight.grad.any()
 
 
 def test_previous_start_serves_a_function():

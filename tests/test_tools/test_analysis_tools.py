@@ -377,10 +377,16 @@ class TestWarmStart:
         folder = write_frames([(48, 80)])
         flags = ['--frames', '3', '--window', '32', '48', '--pixels', '0', '2', '--tol', '0.5']
         rows = warm_start.main(['seg.py', save_checkpoint('seg.py'), folder, *flags])
-        still, moving = rows
-        assert still['warm'] == 1 and still['cold'] > 1 and still['equal'] == 1
-        assert still['cold_exact'] == still['warm_exact'] < 1
-        assert moving['pixels'] == 2 and moving['warm'] <= moving['cold']
+        assert [(row['pixels'], row['history']) for row in rows] == [
+            (0, False),
+            (0, True),
+            (2, False),
+            (2, True),
+        ]
+        for still in rows[:2]:
+            assert still['warm'] == 1 and still['cold'] > 1 and still['equal'] == 1
+            assert still['cold_exact'] == still['warm_exact'] < 1
+        assert all(moving['warm'] <= moving['cold'] for moving in rows[2:])
         assert json.loads(Path('work_dirs/warm_start.json').read_text()) == rows
 
     def test_means_leave_out_the_first_frame_which_both_solve_alike(self):
@@ -407,18 +413,20 @@ class TestWarmStart:
     ):
         solvers = []
 
-        def solve_pan(model, batches, warm):
-            solvers.append((model.backbone.implicit.eval_solver, warm))
+        def solve_pan(model, batches, start):
+            solvers.append((model.backbone.implicit.eval_solver, start))
             return [(1, torch.zeros(2, 2))] * len(batches)
 
         monkeypatch.setattr(warm_start, 'solve_pan', solve_pan)
         flags = ['--frames', '2', '--window', '32', '48', '--pixels', '1']
-        flags += ['--tol', '0.5', '0.1', '--max-iter', '7']
+        flags += ['--tol', '0.5', '0.1', '--max-iter', '7', '--memory', '3']
         weights, folder = save_checkpoint('seg.py'), write_frames([(48, 80)])
         warm_start.main(['seg.py', weights, folder, *flags])
-        found = [(solver.tol, solver.max_iter, warm) for solver, warm in solvers]
-        wanted = [(0.5, 7, False), (0.5, 7, True), (0.1, 7, False), (0.1, 7, True)]
-        assert found == [(pytest.approx(0.01), 14, False), *wanted]
+        found = [(solver.tol, solver.max_iter, repr(start)) for solver, start in solvers]
+        starts = ('ZeroStart()', 'PreviousStart(history=False)', 'PreviousStart(history=True)')
+        wanted = [(tol, 7, start) for tol in (0.5, 0.1) for start in starts]
+        assert found == [(pytest.approx(0.01), 14, 'ZeroStart()'), *wanted]
+        assert {solver.memory for solver, _ in solvers} == {3}
 
     def test_a_window_that_leaves_the_image(self, tiny):
         folder = write_frames([(48, 80)])

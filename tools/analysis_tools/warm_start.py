@@ -1,8 +1,8 @@
 """Measure what a warm start saves on a pan: calls of f, and labels that differ from a cold start.
 
-A window moves over each image by so many pixels a frame. Each frame is segmented twice: from
-zeros and from the equilibrium of the frame before it, with the same solver at the same tolerance.
-The first frame of a pan, cold in either case, is left out.
+A window moves over each image by so many pixels a frame. Each frame is segmented three times by the
+same solver at the same tolerance: from zeros, from the equilibrium of the frame before it, and from
+there with the history of that solve. The first frame of a pan, cold in every case, is left out.
 
 Two solves that stop at a loose tolerance differ, wherever they began. How far either is from the
 equilibrium is shown by the labels of a third, cold solve to a tenth of the smallest tolerance.
@@ -61,6 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--tol', type=float, nargs='+', default=(1e-2, 1e-3), help='tolerances of the solver'
     )
     parser.add_argument('--max-iter', type=int, default=60, help='calls of f a solve may take')
+    parser.add_argument(
+        '--memory', type=int, help="pairs that the solver keeps; the config's number by default"
+    )
     parser.add_argument('--out', default='work_dirs/warm_start.json', help='file of the numbers')
     add_cfg_options(parser)
     add_device_argument(parser)
@@ -89,11 +92,11 @@ def pan(image: np.ndarray, window: tuple[int, int], pixels: int, count: int) -> 
 
 @torch.no_grad()
 def solve_pan(
-    model: nn.Module, batches: list[dict[str, Any]], warm: bool
+    model: nn.Module, batches: list[dict[str, Any]], start: ZeroStart
 ) -> Iterator[tuple[int, Tensor]]:
     """Calls of f and labels (H, W) of each frame."""
     implicit = find_backbone(model).implicit
-    implicit.start = PreviousStart() if warm else ZeroStart()
+    implicit.start = start
     for batch in batches:
         sample = model.test_step(dict(batch))[0]
         yield int(implicit.forward_stats.num_iter[0]), sample.pred_sem_seg.data[0]
@@ -151,25 +154,31 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         for pixels, moving in pans.items()
     }
 
-    def solved(pixels: int, tol: float, max_iter: int, warm: bool) -> list:
-        implicit.eval_solver = implicit.solver.replace(max_iter=max_iter, tol=tol)
-        return [list(solve_pan(model, frames, warm)) for frames in batches[pixels]]
+    memory = {} if args.memory is None else dict(memory=args.memory)
 
-    print('pixels  tol      cold   warm   ratio  cold=warm  cold=exact  warm=exact')
+    def solved(pixels: int, start: type[ZeroStart], tol: float, max_iter: int, **options) -> list:
+        implicit.eval_solver = implicit.solver.replace(
+            max_iter=max_iter, tol=tol, jitter=None, **memory
+        )
+        return [list(solve_pan(model, frames, start(**options))) for frames in batches[pixels]]
+
+    print('pixels  tol      history  cold   warm   ratio  cold=warm  cold=exact  warm=exact')
     rows = []
     for pixels in args.pixels:
-        exact = solved(pixels, min(args.tol) / 10, 2 * args.max_iter, False)
+        exact = solved(pixels, ZeroStart, min(args.tol) / 10, 2 * args.max_iter)
         for tol in args.tol:
-            cold, warm = (solved(pixels, tol, args.max_iter, w) for w in (False, True))
-            row = dict(pixels=pixels, tol=tol, **compare(cold, warm, exact))
-            rows.append(row)
-            shares = (f'{100 * row[name]:.2f}%' for name in ('equal', 'cold_exact', 'warm_exact'))
-            print(
-                f'{pixels:<7} {tol:<8g} {row["cold"]:<6.1f} {row["warm"]:<6.1f} '
-                f'{row["ratio"]:<6.2f}',
-                *shares,
-                flush=True,
-            )
+            cold = solved(pixels, ZeroStart, tol, args.max_iter)
+            for history in (False, True):
+                warm = solved(pixels, PreviousStart, tol, args.max_iter, history=history)
+                row = dict(pixels=pixels, tol=tol, history=history, **compare(cold, warm, exact))
+                rows.append(row)
+                names = ('equal', 'cold_exact', 'warm_exact')
+                print(
+                    f'{pixels:<7} {tol:<8g} {"yes" if history else "no":<8} {row["cold"]:<6.1f} '
+                    f'{row["warm"]:<6.1f} {row["ratio"]:<6.2f}',
+                    *(f'{100 * row[name]:.2f}%' for name in names),
+                    flush=True,
+                )
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2))

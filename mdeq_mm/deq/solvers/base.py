@@ -131,6 +131,15 @@ class Solver(Part):
         """The state of a solve that starts at ``z0`` (N, D)."""
         raise NotImplementedError
 
+    def resume(self, state: Any, z0: Tensor) -> Any:
+        """As :meth:`init`, for a solve that goes on with what ``state`` learned of the Jacobian.
+
+        Args:
+            state: The last state of another solve by this solver, which may be changed.
+            z0 (Tensor): (N, D), like that solve's.
+        """
+        return self.init(z0)
+
     def step(self, state: Any, g: Tensor, last_step: Tensor | None) -> Tensor:
         """The next displacement of the iterate.
 
@@ -276,6 +285,7 @@ def solve(
     solver: Solver,
     keep_state: bool = False,
     f_of_rows: Callable[[Tensor], Function] | None = None,
+    state: Any = None,
 ) -> Solution:
     """Find z with f(z) = z, one independent problem per row.
 
@@ -291,6 +301,8 @@ def solve(
         f_of_rows: Given indices (K,), returns f for these rows, (K, D) -> (K, D). With it frozen
             samples cost nothing: once at most half the rows are active, only those continue. Not
             used with ``keep_state``, which needs the state of all.
+        state: The state of a solution of a similar problem by the same solver, with the same
+            (N, D). The solve goes on with its history, which is overwritten.
 
     Raises:
         ValueError: If ``z0`` is not a real floating-point (N, D), or f changes the shape.
@@ -301,7 +313,8 @@ def solve(
         )
     # Contiguous rows, also in all buffers made like it.
     z0 = z0.detach().contiguous()
-    record, state = _Record(z0, solver), solver.init(z0)
+    record = _Record(z0, solver)
+    state = solver.init(z0) if state is None else solver.resume(state, z0)
     if keep_state or not record.asks:
         f_of_rows = None
     with uncached_autocast(z0.device.type):

@@ -151,25 +151,22 @@ class SecantSolver(Solver):
             products=products_for(z0, dtype),
         )
 
+    def resume(self, state: SecantState, z0: Tensor) -> SecantState:
+        if state.step.shape != z0.shape or state.step.dtype != z0.dtype:
+            raise ValueError(
+                f'The state to go on with is of {state.step.dtype} {tuple(state.step.shape)}, the '
+                f'start of {z0.dtype} {tuple(z0.shape)}. Begin without a state.'
+            )
+        return state
+
     def step(self, state: SecantState, g: Tensor, last_step: Tensor | None) -> Tensor:
-        if last_step is None:
+        if last_step is not None:
+            projection = self._remember(state, g, last_step)
+        elif state.count:
+            projection = project(state.tests[:, : state.used], g[:, None])[:, 0]
+        else:
             state.g = g
             return torch.mul(g, self.mixing, out=state.step)
-        slot = state.count % state.tests.shape[1]
-        state.count += 1
-        used = state.used
-        projection, column, state.norms[:, slot] = state.products.remember(
-            state.tests,
-            state.images,
-            slot,
-            used,
-            last_step,
-            g,
-            state.g,
-            self.mixing,
-            self.tests_with_steps,
-        )
-        self.update_matrix(state, slot, column)
         state.g = g
         rows = state.products.combine(
             state.images,
@@ -180,8 +177,26 @@ class SecantSolver(Solver):
             rows=self.tests_with_steps,
         )
         if rows is not None:
-            state.rows[:, :used] = rows
+            state.rows[:, : state.used] = rows
         return state.step
+
+    def _remember(self, state: SecantState, g: Tensor, last_step: Tensor) -> Tensor:
+        """Add a pair to the history; (N, used) the products of ``g`` with the test vectors."""
+        slot = state.count % state.tests.shape[1]
+        state.count += 1
+        projection, column, state.norms[:, slot] = state.products.remember(
+            state.tests,
+            state.images,
+            slot,
+            state.used,
+            last_step,
+            g,
+            state.g,
+            self.mixing,
+            self.tests_with_steps,
+        )
+        self.update_matrix(state, slot, column)
+        return projection
 
     def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
         """Update row and column ``slot`` of the small system M.

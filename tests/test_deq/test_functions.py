@@ -695,6 +695,21 @@ def test_the_history_of_the_last_frame_saves_evaluations(kind):
     )
 
 
+@pytest.mark.parametrize('memory', [3, 20])
+@pytest.mark.parametrize('kind', [Anderson, LimitedMemoryBroyden])
+def test_a_history_outgrows_the_budget_of_a_frame(kind, memory):
+    solver, start = kind(max_iter=5, tol=0, memory=memory), PreviousStart(history=True)
+    layer = ImplicitLayer(solver, JacobianFreeGradient(), start=start).eval()
+    z0, used, residuals = torch.zeros(2, 40, dtype=torch.float64), [], []
+    for f in frames():
+        layer(f, z0)
+        used.append(start.state(problem_of(f, z0), solver).used)
+        residuals.append(float(layer.forward_stats.residual.max()))
+    # Of five evaluations the first has no pair and the last needs none.
+    assert used == [min(memory, n) for n in (3, 6, 9, 12, 15)]
+    assert max(residuals[1:]) < 0.05 * residuals[0]
+
+
 def test_a_history_is_that_of_the_same_solver_and_of_a_solve_that_did_not_fail():
     solver, start = LimitedMemoryBroyden(max_iter=60, tol=1e-6, memory=20), PreviousStart(True)
     layer = ImplicitLayer(solver, JacobianFreeGradient(), start=start).eval()

@@ -5,7 +5,8 @@ same solver at the same tolerance: from zeros, from the equilibrium of the frame
 there with the history of that solve. The first frame of a pan, cold in every case, is left out.
 
 Two solves that stop at a loose tolerance differ, wherever they began. How far either is from the
-equilibrium is shown by the labels of a third, cold solve to a tenth of the smallest tolerance.
+equilibrium is shown by the labels of a further, cold solve to a tenth of the smallest tolerance, or
+to 1e-5 where that is zero, which is for a budget without a tolerance.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     print('pixels  tol      history  cold   warm   ratio  cold=warm  cold=exact  warm=exact')
     rows = []
     for pixels in args.pixels:
-        exact = solved(pixels, ZeroStart, min(args.tol) / 10, 2 * args.max_iter)
+        exact = solved(pixels, ZeroStart, min(args.tol) / 10 or 1e-5, max(100, 2 * args.max_iter))
         for tol in args.tol:
             cold = solved(pixels, ZeroStart, tol, args.max_iter)
             for history in (False, True):

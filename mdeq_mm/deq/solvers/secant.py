@@ -136,9 +136,12 @@ class SecantSolver(Solver):
         return 1.0
 
     def init(self, z0: Tensor) -> SecantState:
-        n, d = z0.shape
         # No step follows the last evaluation, and at the first step there is nothing to remember.
-        m = max(1, min(self.memory, self.max_iter - 2))
+        return self._empty(z0, max(1, min(self.memory, self.max_iter - 2)))
+
+    def _empty(self, z0: Tensor, m: int) -> SecantState:
+        """A state with room for ``m`` pairs."""
+        n, d = z0.shape
         dtype = getattr(torch, self.history_dtype) if self.history_dtype else z0.dtype
         small = dict(dtype=at_least_float32(z0.dtype))
         return SecantState(
@@ -157,7 +160,16 @@ class SecantSolver(Solver):
                 f'The state to go on with is of {state.step.dtype} {tuple(state.step.shape)}, the '
                 f'start of {z0.dtype} {tuple(z0.shape)}. Begin without a state.'
             )
-        return state
+        used = state.used
+        if used < state.tests.shape[1] or used >= self.memory:
+            return state
+        # What one solve of a small budget can fill is too small for several.
+        wider = self._empty(z0, self.memory)
+        for name in ('tests', 'images', 'norms', 'rows'):
+            getattr(wider, name)[:, :used] = getattr(state, name)
+        wider.matrix[:, :used, :used] = state.matrix
+        wider.count = used
+        return wider
 
     def step(self, state: SecantState, g: Tensor, last_step: Tensor | None) -> Tensor:
         if last_step is not None:

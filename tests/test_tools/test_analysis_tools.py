@@ -419,7 +419,8 @@ class TestWarmStart:
 
         monkeypatch.setattr(warm_start, 'solve_pan', solve_pan)
         flags = ['--frames', '2', '--window', '32', '48', '--pixels', '1']
-        flags += ['--tol', '0.5', '0.1', '--max-iter', '7', '--memory', '3']
+        flags += ['--tol', '0.5', '0.1', '--max-iter', '7']
+        flags += ['--cfg-options', 'model.backbone.solver.memory=3']
         weights, folder = save_checkpoint('seg.py'), write_frames([(48, 80)])
         warm_start.main(['seg.py', weights, folder, *flags])
         found = [(solver.tol, solver.max_iter, repr(start)) for solver, start in solvers]
@@ -427,6 +428,20 @@ class TestWarmStart:
         wanted = [(tol, 7, start) for tol in (0.5, 0.1) for start in starts]
         assert found == [(pytest.approx(0.01), 100, 'ZeroStart()'), *wanted]
         assert {solver.memory for solver, _ in solvers} == {3}
+
+    def test_a_solver_that_cannot_be(self, tiny):
+        folder, weights = write_frames([(48, 80)]), save_checkpoint('seg.py')
+        flags = ['--frames', '2', '--window', '32', '48', '--pixels', '1']
+        for wrong in (['--tol', '0.1', '-1'], ['--max-iter', '0']):
+            with pytest.raises(SystemExit, match=r'warm_start\.py: .* must be .*got (-1|0)'):
+                warm_start.main(['seg.py', weights, folder, *flags, *wrong])
+
+    def test_a_budget_that_varies_in_training(self, tiny):
+        folder, weights = write_frames([(48, 80)]), save_checkpoint('seg.py')
+        flags = ['--frames', '2', '--window', '32', '48', '--pixels', '0', '--tol', '0']
+        flags += ['--max-iter', '3', '--cfg-options', 'model.backbone.solver.jitter=(1,9)']
+        rows = warm_start.main(['seg.py', weights, folder, *flags])
+        assert {(row['cold'], row['warm']) for row in rows} == {(3, 3)}
 
     def test_a_window_that_leaves_the_image(self, tiny):
         folder = write_frames([(48, 80)])

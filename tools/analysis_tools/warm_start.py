@@ -62,9 +62,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--tol', type=float, nargs='+', default=(1e-2, 1e-3), help='tolerances of the solver'
     )
     parser.add_argument('--max-iter', type=int, default=60, help='calls of f a solve may take')
-    parser.add_argument(
-        '--memory', type=int, help="pairs that the solver keeps; the config's number by default"
-    )
     parser.add_argument('--out', default='work_dirs/warm_start.json', help='file of the numbers')
     add_cfg_options(parser)
     add_device_argument(parser)
@@ -150,23 +147,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         }
         model = load_model(cfg, args.checkpoint, args.device)
         implicit = find_backbone(model).implicit
+        solver = implicit.solver.replace(jitter=None, max_iter=args.max_iter, tol=min(args.tol))
     batches = {
         pixels: [[image_batch(cfg, frame[..., ::-1]) for frame in frames] for frames in moving]
         for pixels, moving in pans.items()
     }
 
-    memory = {} if args.memory is None else dict(memory=args.memory)
-
     def solved(pixels: int, start: type[ZeroStart], tol: float, max_iter: int, **options) -> list:
-        implicit.eval_solver = implicit.solver.replace(
-            max_iter=max_iter, tol=tol, jitter=None, **memory
-        )
+        implicit.eval_solver = solver.replace(max_iter=max_iter, tol=tol)
         return [list(solve_pan(model, frames, start(**options))) for frames in batches[pixels]]
 
     print('pixels  tol      history  cold   warm   ratio  cold=warm  cold=exact  warm=exact')
     rows = []
     for pixels in args.pixels:
-        exact = solved(pixels, ZeroStart, min(args.tol) / 10 or 1e-5, max(100, 2 * args.max_iter))
+        exact = solved(pixels, ZeroStart, solver.tol / 10 or 1e-5, max(100, 2 * args.max_iter))
         for tol in args.tol:
             cold = solved(pixels, ZeroStart, tol, args.max_iter)
             for history in (False, True):

@@ -1,14 +1,13 @@
 """Where a solve begins."""
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..options import check_flag, immutable
 from .problem import Problem, outside_inference
-from .solvers.base import Part, Solution, Solver, Status
+from .solvers.base import Part, Solution, Solver, Status, with_tensors
 
 
 @immutable
@@ -68,10 +67,7 @@ class PreviousStart(ZeroStart):
         made_by = getattr(self._last, 'solved', None)
         if made_by != (_kind(problem), solver) or self._last.state is None:
             return None
-        tensors = {k: v for k, v in vars(self._last.state).items() if isinstance(v, Tensor)}
-        return replace(
-            self._last.state, **{name: outside_inference(t) for name, t in tensors.items()}
-        )
+        return with_tensors(self._last.state, outside_inference)
 
     def remember_state(self, problem: Problem, solver: Solver, solution: Solution) -> None:
         failed = (solution.status >= int(Status.DIVERGED)).any()

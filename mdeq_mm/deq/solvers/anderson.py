@@ -1,6 +1,5 @@
 """Anderson acceleration of the fixed-point iteration."""
 
-import torch
 from torch import Tensor
 
 from ...options import check_number, immutable
@@ -41,8 +40,7 @@ class Anderson(SecantSolver):
 
     def update_matrix(self, state: SecantState, slot: int, column: Tensor) -> None:
         used = state.used
-        # In place, torch 2.9 would fix the batch of an ONNX model.
-        diagonal = torch.arange(used, device=column.device) == slot
-        column = torch.where(diagonal, column * (1 + self.ridge), column)
         state.matrix[:, slot, :used] = column
         state.matrix[:, :used, slot] = column
+        # Scaled in place, torch 2.9 would fix the batch of an ONNX model.
+        state.matrix[:, slot, slot] = column[:, slot] * (1 + self.ridge)

@@ -163,8 +163,13 @@ class Solver(Part):
         """
         if state is None:
             return None
-        tensors = {k: v[rows] for k, v in vars(state).items() if isinstance(v, Tensor)}
-        return replace(state, **tensors)
+        return with_tensors(state, lambda tensor: tensor[rows])
+
+
+def with_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a solver's state with ``function`` of each of its tensors."""
+    tensors = {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
+    return replace(state, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 def _check_jitter(name: str, jitter: Any, max_iter: int) -> None:

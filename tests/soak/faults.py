@@ -16,6 +16,7 @@ from mdeq_mm.deq.layer import SolverStats
 from mdeq_mm.deq.solvers import Anderson, Solution, Solver, Status, solve
 from mdeq_mm.registry import build_part
 
+from ..checks import OLD_TORCH
 from ..test_robustness import SOLVERS
 from ..test_robustness.test_framework import loss_of
 from ..test_robustness.test_hostile import Payload, cut
@@ -166,8 +167,9 @@ def small_problems(case: Case) -> None:
                     torch.zeros(1, d, dtype=torch.float64),
                     solver,
                 )
-                # Products of another batch may be rounded in another order.
-                require_equal([alone.z], [both.z[rows]], f'row {row} of {solver}', rtol=1e-6)
+                # torch 2.9 rounds the products of another batch in another order.
+                rtol = 1e-6 if OLD_TORCH else 0
+                require_equal([alone.z], [both.z[rows]], f'row {row} of {solver}', rtol)
 
 
 def check_solution(found: Solution, f: Callable, solver: Solver) -> None:

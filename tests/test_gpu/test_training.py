@@ -81,13 +81,11 @@ def trained(cfg, data, device, steps=1, **wrapper):
     return model, torch.stack(losses), before
 
 
-def check_moved(model, before):
-    """Every parameter of f is finite, and all have changed that can."""
+def check_moved(model, before, still=()):
+    """Every parameter of f is finite and has changed; those named ``still`` may be as before."""
     for (name, p), old in zip(model.backbone.cell.named_parameters(), before, strict=True):
         assert torch.isfinite(p).all(), name
-        # The norm behind the first convolution cancels its gain.
-        moves = not name.endswith('conv1.parametrizations.weight.original0')
-        assert not moves or not torch.equal(p, old), name
+        assert name.endswith(still) or not torch.equal(p, old), name
 
 
 @every_task
@@ -133,7 +131,8 @@ def test_a_training_step_of_a_detector(mmdet, device):  # noqa: F811
     wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=optimizer))
     losses = model.train_step(detection.samples(), wrapper)
     assert_finite(losses)
-    check_moved(model, before)
+    # The norm behind the first convolution cancels its gain, whose gradient is rounding.
+    check_moved(model, before, still=('conv1.parametrizations.weight.original0',))
 
 
 RUNS = dict(seg=SEGMENTOR, cls=CLASSIFIER)

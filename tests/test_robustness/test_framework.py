@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mdeq_mm.registry import build_implicit
 
-from ..checks import assert_nonzero, assert_same, grads
+from ..checks import OLD_TORCH, assert_nonzero, assert_same, grads
 from . import SOLVERS, contracting, tiny_backbone
 
 
@@ -390,11 +390,13 @@ def test_compiled_cell_trains_as_the_cell_does(drop_rate):
     graphs = torch._dynamo.utils.counters['stats']
     for net in (compiled, copy.deepcopy(compiled)):
         for a, b in zip(gradients(net, image()), gradients(plain, image()), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            # torch 2.9 rounds what it traced otherwise.
+            near = dict(rtol=1e-4, atol=1e-4) if OLD_TORCH else {}
+            torch.testing.assert_close(a, b, **near)
         # One for the solve, one for the call that keeps its graph, and one that makes the masks;
         # torch 2.9 makes twice as many.
         made = graphs['unique_graphs']
-        assert 0 < made <= 6
+        assert 0 < made <= (6 if OLD_TORCH else 3)
         gradients(net, image(seed=2))
         assert graphs['unique_graphs'] == made
     torch._dynamo.reset()

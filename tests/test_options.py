@@ -1,6 +1,8 @@
 """Options: what is refused, and the default of every option that users rely on."""
 
 import inspect
+import math
+import re
 
 import pytest
 
@@ -71,3 +73,111 @@ def test_a_choice_and_a_kind_name_what_is_valid():
         check_choice('Owner', 'name', 'rigth', ('left', 'right'))
     with pytest.raises(TypeError, match='Owner: name must be a int, got None'):
         check_kind('Owner', 'name', None, int)
+
+
+# Owner, option, the least integer that it takes, and what else it needs.
+STEPS = dict(
+    max_iter=[deq.FixedPointIteration, deq.Anderson, deq.LimitedMemoryBroyden],
+    check_every=[deq.FixedPointIteration, deq.Anderson, deq.LimitedMemoryBroyden],
+    memory=[deq.Anderson, deq.LimitedMemoryBroyden],
+    steps=[deq.TruncatedGradient, deq.PhantomGradient],
+)
+BACKBONE = dict(channels=(8,), stem_strides=(1,), expansion=1)
+NECK = dict(in_channels=(8,), head_channels=(8,), out_channels=8)
+INTEGERS = [
+    *((owner, option, 1, {}) for option, owners in STEPS.items() for owner in owners),
+    (deq.SharedInverseGradient, 'steps', 0, {}),
+    (deq.JacobianRegularizer, 'samples', 1, dict(weight=1)),
+    (
+        deq.ImplicitLayer,
+        'unrolled_layers',
+        0,
+        LAYER := dict(solver=deq.Anderson(), gradient=deq.JacobianFreeGradient()),
+    ),
+    (hooks.MDEQWarmupHook, 'unrolled_iters', 0, {}),
+    (hooks.MDEQWarmupHook, 'unrolled_layers', 1, {}),
+    (hooks.MDEQWarmupHook, 'softplus_iters', 0, {}),
+    (hooks.SolverStatsHook, 'interval', 1, {}),
+    (hooks.SolverStatsHook, 'patience', 1, {}),
+    (hooks.NonFiniteGradientHook, 'max_in_a_row', 1, {}),
+    (hooks.MDEQRegularizerHook, 'step_interval', 1, {}),
+    (hooks.MDEQRegularizerHook, 'begin_iter', 0, {}),
+    (hooks.MDEQRegularizerHook, 'end_iter', 0, {}),
+    (models.MDEQBackbone, 'in_channels', 1, BACKBONE),
+    (models.MDEQBackbone, 'expansion', 1, BACKBONE),
+    (models.MDEQBackbone, 'frozen_stages', -1, BACKBONE),
+    (models.MDEQFuseNeck, 'out_channels', 1, NECK),
+    (models.NeuralODEBackbone, 'in_channels', 1, {}),
+    (models.NeuralODEBackbone, 'hidden_channels', 1, {}),
+    (models.NeuralODEBackbone, 'augment_channels', 0, {}),
+]
+# Owner, option, the interval in its message, numbers in it and numbers outside.
+NUMBERS = [
+    *(
+        (owner, 'damping', '(0, 1]', {}, [1e-3, 1], [0, 1.001, -0.5])
+        for owner in (
+            deq.FixedPointIteration,
+            deq.Anderson,
+            deq.TruncatedGradient,
+            deq.PhantomGradient,
+        )
+    ),
+    *((owner, 'tol', '[0, inf)', {}, [0, 2.0], [-1e-9]) for owner in STEPS['max_iter']),
+    (deq.Anderson, 'ridge', '[0, inf)', {}, [0, 2.0], [-1e-9]),
+    (deq.SharedInverseGradient, 'max_growth', '[0, inf)', {}, [0, 0.5, 5.0], [-0.1]),
+    (deq.JacobianRegularizer, 'weight', '[0, inf)', {}, [0, 0.5, 9.0], [-0.1]),
+    (deq.JacobianRegularizer, 'probability', '[0, 1]', dict(weight=1), [0, 1], [-0.1, 1.1]),
+    (hooks.SolverStatsHook, 'warn_residual', '[0, inf)', {}, [0, 0.5, 5.0], [-0.1]),
+    (
+        hooks.MDEQRegularizerHook,
+        'weight_step',
+        '[0, inf)',
+        dict(step_interval=1),
+        [0, 0.5, 5.0],
+        [-0.1],
+    ),
+    (layers.VariationalDropout2d, 'drop_rate', '[0, 1)', {}, [0, 0.999], [-0.1, 1]),
+    (models.MDEQBackbone, 'drop_rate', '[0, 1)', BACKBONE, [0, 0.999], [-0.1, 1]),
+    (models.NeuralODEBackbone, 'tol', '(0, inf)', {}, [1e-9, 2.0], [0, -1e-9]),
+]
+FLAGS = [
+    (deq.PreviousStart, 'history', {}),
+    (deq.ImplicitLayer, 'skip_solved', LAYER),
+    (models.MDEQBackbone, 'norm_eval', BACKBONE),
+]
+
+
+def named(case):
+    return f'{case[0].__name__}.{case[1]}'
+
+
+def assert_refused(owner, option, needs, value, wanted):
+    message = f'{owner.__name__}: {option} must be {wanted}, got {value!r}.'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        owner(**{**needs, option: value})
+
+
+@pytest.mark.parametrize('case', INTEGERS, ids=named)
+def test_the_least_integer_of_an_option_is_taken_and_named_where_one_is_less(case):
+    owner, option, least, needs = case
+    owner(**{**needs, option: least})
+    for value in (least - 1, least + 0.5, True):
+        assert_refused(owner, option, needs, value, f'an integer >= {least}')
+
+
+@pytest.mark.parametrize('case', NUMBERS, ids=named)
+def test_the_interval_of_an_option_is_taken_to_its_ends_and_named_beyond(case):
+    owner, option, interval, needs, inside, outside = case
+    for value in inside:
+        owner(**{**needs, option: value})
+    for value in (*outside, math.nan, True, '1'):
+        assert_refused(owner, option, needs, value, f'a number in {interval}')
+
+
+@pytest.mark.parametrize('case', FLAGS, ids=named)
+def test_a_switch_takes_true_and_false_alone(case):
+    owner, option, needs = case
+    for value in (True, False):
+        owner(**{**needs, option: value})
+    for value in (0, 'False', None):
+        assert_refused(owner, option, needs, value, 'True or False')

@@ -12,6 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mdeq_mm import compat
+from mdeq_mm.compat import loading
 
 
 class _Payload:
@@ -152,6 +153,14 @@ def test_pickles_of_numpy_1_and_2_are_read(tmp_path, core):
     path.write_bytes(content)
     loaded = compat.verify_checkpoint(str(path))
     assert loaded['a'].tolist() == [0.0, 1.0, 2.0] and loaded['b'] == 2
+
+
+def test_the_kinds_of_numbers_are_allowed_and_no_others():
+    allowed = {name: thing for thing, name in loading._mm_globals()}
+    kinds = {name for name in allowed if name.startswith('numpy.dtypes.')}
+    numbers = [np.dtype(code) for code in '?bBhHiIlLqQpPefdg']
+    assert kinds == {f'numpy.dtypes.{type(dtype).__name__}' for dtype in numbers}
+    assert all(allowed[f'numpy.dtypes.{type(dtype).__name__}'] is type(dtype) for dtype in numbers)
 
 
 @pytest.mark.parametrize('kind', ['O', 'V8', 'M8[s]', 'S3', 'U3'])

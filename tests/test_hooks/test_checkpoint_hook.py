@@ -1,6 +1,8 @@
 """Old checkpoints stay until the new one is whole, whatever goes wrong in between."""
 
 import os
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-import mdeq_mm  # noqa: F401
+from mdeq_mm.hooks import MDEQCheckpointHook
 from mdeq_mm.hooks.checkpoint_hook import WholeFileBackend
 
 
@@ -88,6 +90,8 @@ def full_disk(monkeypatch):
 def test_a_run_that_goes_well_leaves_what_mms_hook_leaves(tmp_path):
     run(tmp_path, save_best='score', rule='greater')
     assert checkpoints(tmp_path) == ['best_score_iter_3.pth', 'iter_3.pth']
+    meta = torch.load(tmp_path / 'iter_3.pth', weights_only=False)['meta']
+    assert (meta['iter'], meta['epoch']) == (3, 0)
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_3.pth')
 
 
@@ -133,6 +137,21 @@ def test_a_backend_of_the_users_own_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(WholeFileBackend, 'put', lambda *_: pytest.fail('written by our backend'))
     run(tmp_path, backend_args=dict(backend='local'))
     assert checkpoints(tmp_path) == ['iter_3.pth']
+
+
+@pytest.mark.parametrize(
+    'options, whole',
+    [
+        (dict(), True),
+        (dict(backend_args=dict(backend='local')), False),
+        (dict(file_client_args=dict(backend='disk')), False),
+    ],
+)
+def test_files_are_written_whole_unless_the_user_names_a_backend(tmp_path, options, whole):
+    hook = MDEQCheckpointHook(interval=1, **options)
+    hook.before_train(SimpleNamespace(work_dir=str(tmp_path), epoch=0, iter=0, logger=MagicMock()))
+    backend = getattr(hook.file_backend, 'client', hook.file_backend)
+    assert isinstance(backend, LocalBackend) and isinstance(backend, WholeFileBackend) == whole
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

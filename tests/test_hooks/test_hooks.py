@@ -175,6 +175,35 @@ def test_solver_stats_reach_log_line_and_scalars(tmp_path):
     assert 'train/deq_nfe: 4.0000' in log_text(tmp_path)
 
 
+def test_a_test_logs_its_own_solver_and_radius(tmp_path):
+    hook = SolverStatsHook(spectral_radius=dict(interval=2, iterations=5))
+    runner = run(
+        tmp_path,
+        Toy(),
+        [hook],
+        max_iters=1,
+        test_dataloader=dict(
+            batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False), dataset=Noise(3)
+        ),
+        test_evaluator=Evaluator([]),
+        test_cfg=dict(),
+    )
+    measured = []
+    hook._radius._measure = lambda layer, args, kwargs, out: measured.append(len(out))
+    runner.test()
+    scalars = {
+        name: float(buffer.current())
+        for name, buffer in runner.message_hub.log_scalars.items()
+        if name.startswith('test/test/deq')
+    }
+    assert set(scalars) == {
+        f'test/test/deq_{field}' for field in ('nfe', 'residual', 'converged', 'failed')
+    }
+    assert scalars['test/test/deq_nfe'] == 4
+    # The first and the third of three batches.
+    assert len(measured) == 2 and not runner.model.backbone.implicit._forward_hooks
+
+
 def test_unrolled_iterations_log_no_solver(tmp_path):
     hooks = [MDEQWarmupHook(unrolled_iters=10), SolverStatsHook(interval=1)]
     run(tmp_path, Toy(), hooks)
@@ -245,6 +274,14 @@ def test_nan_loss_is_told_apart_from_solver_failure(tmp_path):
         (lambda: MDEQWarmupHook(unroled_iters=3), ['unrolled_iters', 'softplus_iters']),
         (lambda: MDEQWarmupHook(unrolled_iters=-1), ['unrolled_iters', '-1']),
         (lambda: SolverStatsHook(interval=0), ['interval', '0']),
+        (
+            lambda: SolverStatsHook(spectral_radius=dict(interval=0)),
+            ['SolverStatsHook.spectral_radius: interval must be an integer >= 1, got 0'],
+        ),
+        (
+            lambda: SolverStatsHook(spectral_radius=dict(iterations=1)),
+            ['SolverStatsHook.spectral_radius: iterations must be an integer >= 2, got 1'],
+        ),
     ],
 )
 def test_wrong_option_names_the_choices(make, words):

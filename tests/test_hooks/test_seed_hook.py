@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from mmengine import dist
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mdeq_mm.deq import Anderson, ImplicitLayer, JacobianFreeGradient
-from mdeq_mm.hooks import IterationSeedHook
+from mdeq_mm.hooks import IterationSeedHook, seed_hook
 from mdeq_mm.hooks.seed_hook import mixed_seed
 
 
@@ -67,14 +68,26 @@ class Junk(Hook):
         draw()
 
 
-def run(tmp_path, by_epoch=False, length=6, loader=(), hooks=(), val_interval=100, resume=False):
+def run(
+    tmp_path,
+    by_epoch=False,
+    length=6,
+    loader=(),
+    hooks=(),
+    val_interval=100,
+    resume=False,
+    shuffle=True,
+):
     sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
     model = Net()
     runner = Runner(
         model=model,
         work_dir=str(tmp_path),
         train_dataloader=dict(
-            batch_size=2, dataset=Drawing(), sampler=dict(type=sampler), **dict(loader)
+            batch_size=2,
+            dataset=Drawing(),
+            sampler=dict(type=sampler, shuffle=shuffle),
+            **dict(loader),
         ),
         val_dataloader=dict(
             batch_size=2, dataset=Drawing(3), sampler=dict(type='DefaultSampler', shuffle=False)
@@ -137,6 +150,49 @@ def test_no_number_comes_twice(tmp_path, loader):
         numbers = [sample[1 + kind] for batch, _ in seen for sample in batch]
         numbers += [drawn[kind] for _, drawn in seen]
         assert len(set(numbers)) == len(numbers) == 3 * (6 + 3)
+
+
+@pytest.mark.parametrize('epochs, workers, size', [(1, 0, 7), (3, 0, 7), (3, 2, 7), (2, 4, 3)])
+def test_a_batch_is_loaded_by_a_seed_of_its_place(monkeypatch, epochs, workers, size):
+    """Worker w of W loads batches w, w + W, ... of an epoch, and the next epoch's after them."""
+    words = []
+    monkeypatch.setattr(seed_hook, 'seed_all', lambda *given: words.append(given))
+    monkeypatch.setattr(dist, 'get_rank', lambda: 5)
+    started = []
+    dataset = list(range(size))
+    loader = DataLoader(
+        dataset,
+        sampler=DefaultSampler(dataset) if epochs > 1 else InfiniteSampler(dataset),
+        num_workers=workers,
+        collate_fn=sum,
+        worker_init_fn=started.append,
+    )
+    seeded = seed_hook._SeededBatches(loader, 11)
+    assert (loader.collate_fn, loader.worker_init_fn) == (seeded, seeded.start_worker)
+    seeded.begin(100)
+    for worker in range(max(workers, 1)):
+        if workers:
+            seeded.start_worker(worker)
+        own = range(worker, size, max(workers, 1))
+        places = [epoch * size + place for epoch in range(epochs) for place in own]
+        assert [seeded([place, 1]) for place in places] == [place + 1 for place in places]
+        # Each batch is loaded by what was seeded before it: the first by the start of the worker,
+        # or by the hook, where the training process loads.
+        used = words[: len(places)] if workers else words[: len(places) - 1]
+        wanted = places if workers else places[1:]
+        assert used == [(11, 5, 0, 100 + place) for place in wanted]
+        words.clear()
+    assert started == list(range(workers))
+    seeded.begin(200)
+    seeded._seed()
+    assert words == [(11, 5, 0, 200 + seeded.worker)]
+    assert seeded.__getstate__()['_loader'] is None and seeded._loader is loader
+
+
+def test_the_order_of_a_sampler_that_does_not_shuffle_is_kept(tmp_path):
+    seen = run(tmp_path, length=4, shuffle=False)
+    order = [[sample[0] for sample in batch] for batch, _ in seen]
+    assert order == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
 def test_ranks_draw_other_numbers(tmp_path, monkeypatch):

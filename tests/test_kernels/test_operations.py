@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from mdeq_mm.kernels import Norm, Term, norm_relu, residual_norms, sum_rectify
+from mdeq_mm.kernels.norms import native_norm
 
 from ..checks import assert_same
 from .cases import NormRelu, NormReluConv, Residual, Sum, mapped, maps, results, tensors
@@ -207,6 +208,22 @@ def test_the_dtype_of_the_first_map_is_that_of_the_result(kernel):
             assert y.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(y.float().sum(), z)
     assert grad.dtype == torch.float32 and grad.norm() > 0
+
+
+def test_autocast_does_not_choose_the_dtype_of_a_norm(monkeypatch):
+    """Its list says float32 for group norm on a GPU, which would double the map."""
+    cast = []
+
+    def group_norm(x, *_):
+        cast.append(torch.is_autocast_enabled('cpu'))
+        return x
+
+    monkeypatch.setattr(torch, 'group_norm', group_norm)
+    for enabled in (True, False):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            native_norm(torch.zeros(1, 4, 2, 2), Norm(2))
+            assert torch.is_autocast_enabled('cpu') == enabled
+    assert cast == [False, False]
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-import mdeq_mm  # noqa: F401
+from mdeq_mm import deq
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
 
 from ..checks import assert_finite, assert_nonzero, assert_same, assert_says, grads
@@ -366,6 +366,33 @@ def test_wrong_option_fails_at_construction_naming_the_choices(options, words):
     with pytest.raises((TypeError, ValueError)) as error:
         MODELS.build({**TINY, **options})
     assert_says(error, words)
+
+
+def test_each_part_of_a_config_reaches_the_implicit_layer():
+    net = tiny(
+        solver=dict(type='Anderson', max_iter=4),
+        eval_solver=dict(max_iter=9),
+        gradient=dict(type='TruncatedGradient', steps=2),
+        start=dict(type='PreviousStart'),
+        regularizer=dict(type='JacobianRegularizer', weight=0.5),
+        unrolled_layers=2,
+        skip_solved=True,
+    )
+    implicit = net.implicit
+    assert implicit.solver == deq.Anderson(max_iter=4)
+    assert implicit.eval_solver == deq.Anderson(max_iter=9)
+    assert implicit.gradient == deq.TruncatedGradient(steps=2)
+    assert implicit.start == deq.PreviousStart()
+    assert implicit.regularizer == deq.JacobianRegularizer(weight=0.5)
+    assert (implicit.unrolled_layers, implicit.skip_solved) == (2, True)
+
+
+def test_options_of_torch_reach_its_optimizer_of_graphs(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: given.append(options))
+    for options in (False, True, {}, dict(mode='max-autotune')):
+        tiny(compile_cell=options)
+    assert given == [{}, {}, dict(mode='max-autotune')]
 
 
 def test_no_hint_where_nothing_is_near():

@@ -146,6 +146,16 @@ FLAGS = [
     (models.MDEQBackbone, 'norm_eval', BACKBONE),
 ]
 
+# Owner, option, class of the part, and what else the owner needs.
+KINDS = [
+    (deq.ImplicitLayer, 'solver', deq.Solver, LAYER),
+    (deq.ImplicitLayer, 'gradient', deq.Gradient, LAYER),
+    (deq.ImplicitLayer, 'start', deq.ZeroStart, LAYER),
+    (deq.ImplicitLayer, 'eval_solver', deq.Solver, LAYER),
+    (deq.ImplicitLayer, 'regularizer', deq.JacobianRegularizer, LAYER),
+    (deq.ImplicitGradient, 'solver', deq.Solver, {}),
+]
+
 
 def named(case):
     return f'{case[0].__name__}.{case[1]}'
@@ -181,3 +191,16 @@ def test_a_switch_takes_true_and_false_alone(case):
         owner(**{**needs, option: value})
     for value in (0, 'False', None):
         assert_refused(owner, option, needs, value, 'True or False')
+
+
+@pytest.mark.parametrize('case', KINDS, ids=named)
+def test_a_part_of_another_kind_is_named(case):
+    owner, option, kind, needs = case
+    message = f"{owner.__name__}: {option} must be a {kind.__name__}, got 'Andersen'."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        owner(**{**needs, option: 'Andersen'})
+
+
+def test_groups_that_do_not_divide_name_the_layer():
+    with pytest.raises(ValueError, match='MDEQGroupNorm'):
+        layers.MDEQGroupNorm(12, 5)

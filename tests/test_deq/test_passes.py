@@ -1,9 +1,11 @@
 """f is one function during a forward pass, independent of other passes, threads and callers."""
 
 import copy
+import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from mdeq_mm.deq import (
     SharedInverseGradient,
     TruncatedGradient,
 )
+from mdeq_mm.deq.layer import _other_residual
+from mdeq_mm.deq.passes import is_sharded
 
 from ..threads import standing_in
 
@@ -369,3 +373,40 @@ def test_weights_shared_by_two_modules_of_f_are_computed_once():
     LAYERS['implicit']()(net, torch.zeros(2, 6)).sum().backward()
     assert Counted.count == 1
     assert linear.parametrizations.weight.original.grad.any()
+
+
+@pytest.mark.parametrize('form', ['FullyShardedDataParallel', 'FSDPModule'])
+def test_a_module_that_fsdp_shards_is_told_by_either_class(form, monkeypatch):
+    class Sharded(nn.Module):
+        pass
+
+    # Not imported by anyone, it shards nothing.
+    monkeypatch.delitem(sys.modules, 'torch.distributed.fsdp', raising=False)
+    assert not is_sharded(Sharded())
+    monkeypatch.setitem(sys.modules, 'torch.distributed.fsdp', SimpleNamespace(**{form: Sharded}))
+    assert is_sharded(Sharded()) and not is_sharded(nn.Module())
+
+
+@pytest.mark.parametrize(
+    'dtype, autocast, within, beyond',
+    [
+        (torch.float64, False, 5e-8, 5e-7),
+        (torch.float32, False, 5e-4, 5e-3),
+        (torch.float32, True, 5e-3, 5e-2),
+    ],
+)
+def test_a_call_may_contradict_the_solve_by_rounding_only(dtype, autocast, within, beyond):
+    """An f that moved by less than its dtype rounds is the same function."""
+
+    def found(moved):
+        z = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=dtype)
+        out = z.clone()
+        # Of length 5; the residual is relative to f's value.
+        out[1, 0] += 5 * moved
+        solution = SimpleNamespace(z=z, residual=torch.zeros(2, dtype=dtype))
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            return _other_residual(solution, out)
+
+    assert found(within) is None
+    reported, residual = found(beyond)
+    assert reported == 0 and residual == pytest.approx(beyond, rel=0.05)

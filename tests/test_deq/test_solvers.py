@@ -241,6 +241,19 @@ def test_non_finite_sample_keeps_its_best_iterate_and_harms_nobody(make, bad):
 
 
 @every_solver
+def test_a_fixed_budget_ends_where_no_sample_is_left(make):
+    """On a CPU, where to ask costs nothing."""
+    calls = []
+
+    def f(z):
+        calls.append(None)
+        return torch.full_like(z, float('nan'))
+
+    solve(f, torch.zeros(3, 4), make(max_iter=30, tol=0))
+    assert len(calls) == 1
+
+
+@every_solver
 def test_function_without_fixed_point_ends_finite_and_says_so(make):
     found = solve(torch.exp, torch.zeros(3, 4), make(max_iter=40, tol=1e-6))
     assert_finite(found.z)

@@ -9,8 +9,11 @@ _base_ = [
 model = dict(
     backbone=dict(
         drop_rate=0.1,
-        solver=dict(max_iter=12),
-        gradient=dict(solver=dict(max_iter=12)),
+        # The exact gradient by 12 evaluations takes twice the time, and a run by it has ended ten
+        # points lower, at a residual of 0.18.
+        solver=dict(_delete_=True, type='Anderson', max_iter=8, jitter=(5, 20), memory=5),
+        gradient=dict(_delete_=True, type='JacobianFreeGradient'),
+        regularizer=dict(type='JacobianRegularizer', weight=1.0, probability=0.1),
     ),
     head=dict(topk=(1,)),
 )

@@ -66,6 +66,7 @@ _TOLD = {
     'Anderson': (*_QUASI_NEWTON, 'damping'),
     'FixedPointIteration': ('max_iter', 'tol', 'damping'),
     'ImplicitGradient': ('solver',),
+    'JacobianFreeGradient': (),
     'JacobianRegularizer': ('weight', 'probability', 'samples'),
     'LimitedMemoryBroyden': _QUASI_NEWTON,
     'PhantomGradient': ('steps', 'damping'),

@@ -1553,7 +1553,17 @@ RECIPES: dict[str, dict[str, Values]] = dict(
     ),
     # Not in the paper: small sets for a CPU, and a detector.
     mdeq_tiny_digits=dict(
-        backbone=mdeq(117_720, [24, 24], 12, exact(12), drop_rate=0.1, stem_strides=(1, 1)),
+        backbone=mdeq(
+            117_720,
+            [24, 24],
+            8,
+            dict(type='JacobianFreeGradient'),
+            solver=anderson(8, 5),
+            jitter=[5, 20],
+            regularizer=jacobian(1.0, 0.1),
+            drop_rate=0.1,
+            stem_strides=(1, 1),
+        ),
         heads=classifier(158_986, TINY_NECK, 10, topk=(1,)),
         training=epochs(adam(1e-3, 0), 12, batch=32, gpus=1, warmup=warmup(135, 5)),
         data=DIGITS,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mdeq_mm.deq import ImplicitLayer, JacobianFreeGradient, JacobianRegularizer
 from mdeq_mm.deq.problem import pack, unpack
 from mdeq_mm.deq.solvers import Anderson, Status
 from mdeq_mm.registry import build_implicit
@@ -91,3 +92,16 @@ def test_wrong_solver_is_refused():
         build_implicit(dict(type='Anderson'), gradient, eval_solver=dict(max_itr=4))
     with pytest.raises(TypeError, match='got 4'):
         build_implicit(dict(type='Anderson'), gradient, eval_solver=4)
+
+
+def test_its_text_names_its_parts():
+    solver, few = Anderson(max_iter=4), Anderson(max_iter=2)
+    gradient, penalty = JacobianFreeGradient(), JacobianRegularizer(weight=0.5)
+    assert repr(ImplicitLayer(solver, gradient)) == (
+        f'ImplicitLayer(solver={solver}, gradient={gradient})'
+    )
+    layer = ImplicitLayer(solver, gradient, eval_solver=few, regularizer=penalty)
+    assert repr(layer) == (
+        f'ImplicitLayer(solver={solver}, gradient={gradient}, eval_solver={few}, '
+        f'regularizer={penalty})'
+    )

@@ -3,10 +3,12 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from mmengine import dist
 from mmengine.evaluator import Evaluator
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -202,6 +204,26 @@ def test_a_test_logs_its_own_solver_and_radius(tmp_path):
     assert scalars['test/test/deq_nfe'] == 4
     # The first and the third of three batches.
     assert len(measured) == 2 and not runner.model.backbone.implicit._forward_hooks
+
+
+def test_means_are_those_of_the_processes_that_solved(monkeypatch):
+    """One of two processes had a solve; the means of the table are half of its values."""
+    reduced = []
+
+    def all_reduce(values, op):
+        reduced.append(op)
+        values /= 2
+
+    monkeypatch.setattr(dist, 'is_distributed', lambda: True)
+    monkeypatch.setattr(dist, 'get_comm_device', lambda: torch.device('cpu'))
+    monkeypatch.setattr(dist, 'all_reduce', all_reduce)
+    model = Toy().train()
+    model([torch.randn(3, 16, 16)] * 2, mode='loss')
+    hook, runner = SolverStatsHook(), SimpleNamespace(model=model)
+    alone = hook._collect(runner, ('forward', 'backward'), reduce=False)
+    assert not reduced and alone['deq_nfe'] == 4 and 'deq_bwd_nfe' not in alone
+    together = hook._collect(runner, ('forward', 'backward'))
+    assert reduced == ['mean'] and together == pytest.approx(alone)
 
 
 def test_unrolled_iterations_log_no_solver(tmp_path):

@@ -12,7 +12,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from mdeq_mm.deq import Anderson, ImplicitLayer, JacobianFreeGradient
 from mdeq_mm.hooks import IterationSeedHook, seed_hook
@@ -187,6 +187,17 @@ def test_a_batch_is_loaded_by_a_seed_of_its_place(monkeypatch, epochs, workers, 
     seeded._seed()
     assert words == [(11, 5, 0, 200 + seeded.worker)]
     assert seeded.__getstate__()['_loader'] is None and seeded._loader is loader
+
+
+def test_a_sampler_with_a_seed_is_found_also_behind_one_of_batches():
+    dataset, sampler = list(range(6)), InfiniteSampler(list(range(6)), seed=3)
+    batches = BatchSampler(sampler, 2, drop_last=False)
+    for loader in (
+        DataLoader(dataset, sampler=sampler),
+        DataLoader(dataset, batch_sampler=batches),
+    ):
+        assert set(seed_hook._seeded_samplers(loader)) == {sampler}
+    assert not list(seed_hook._seeded_samplers(DataLoader(dataset, shuffle=True)))
 
 
 def test_the_order_of_a_sampler_that_does_not_shuffle_is_kept(tmp_path):

@@ -21,6 +21,7 @@ import scale
 import torch
 import worker
 
+from mdeq_mm.apis import load_config
 from mdeq_mm.kernels import extension
 from tools.benchmarks.timing import Result, interleaved
 
@@ -234,6 +235,29 @@ def train_to(monkeypatch, tmp_path):
         return learn.measure(argparse.Namespace(repeats=1, task='digits', data_root=str(data)))
 
     return run
+
+
+@pytest.mark.parametrize('task', learn.TASKS)
+def test_a_recipe_to_learn_by_is_all_its_own(task, tmp_path):
+    """Whatever the config of the task trains by."""
+    pytest.importorskip('mmpretrain')
+    config = str(REPO / f'configs/{learn.TASKS[task][0]}.py')
+    penalties = {}
+    for name, (options, published) in learn.candidates(task).items():
+        cfg = load_config(config, str(tmp_path), options=options)
+        backbone, warmup = cfg.model.backbone, cfg.default_hooks.warmup
+        penalties[name] = backbone.regularizer is not None
+        if name == "the paper's recipe":
+            assert (backbone.solver.type, backbone.solver.max_iter) == ('LimitedMemoryBroyden', 18)
+            assert backbone.gradient.type == 'ImplicitGradient'
+            assert backbone.gradient.solver.max_iter == 20
+            assert warmup.unrolled_iters == warmup.softplus_iters == learn.UNROLLED[task]
+        elif published is None:
+            assert backbone.solver.jitter == (6, 12) and backbone.gradient.type == 'PhantomGradient'
+            assert 'unrolled_iters' not in warmup
+        else:
+            assert backbone.norm_kernel == 'native' and 'unrolled_iters' not in warmup
+    assert penalties == {name: 'penalty' in name for name in penalties}
 
 
 def test_training_ends_at_the_wanted_accuracy(train_to, monkeypatch):

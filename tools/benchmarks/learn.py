@@ -35,6 +35,7 @@ FEW = {
 PUBLISHED = dict(nfe=22, solver='broyden', grad=5, tau=0.5)
 NATIVE = {
     'model.backbone.norm_kernel': 'native',
+    'model.backbone.regularizer': None,
     'default_hooks.warmup': dict(type='MDEQWarmupHook', _delete_=True),
 }
 BFLOAT16 = {'optim_wrapper.type': 'BFloat16OptimWrapper'}
@@ -48,6 +49,7 @@ def paper(unrolled: int) -> dict[str, Any]:
         'model.backbone.gradient': dict(
             type='ImplicitGradient', solver=dict(BROYDEN, max_iter=20), _delete_=True
         ),
+        'model.backbone.regularizer': None,
         'default_hooks.warmup': dict(warmup, type='MDEQWarmupHook', _delete_=True),
     }
 

@@ -75,25 +75,22 @@ def test_a_choice_and_a_kind_name_what_is_valid():
         check_kind('Owner', 'name', None, int)
 
 
-# Owner, option, the least integer that it takes, and what else it needs.
-STEPS = dict(
-    max_iter=[deq.FixedPointIteration, deq.Anderson, deq.LimitedMemoryBroyden],
-    check_every=[deq.FixedPointIteration, deq.Anderson, deq.LimitedMemoryBroyden],
-    memory=[deq.Anderson, deq.LimitedMemoryBroyden],
-    steps=[deq.TruncatedGradient, deq.PhantomGradient],
-)
+# What an owner needs beside the option that is tried.
+LAYER = dict(solver=deq.Anderson(), gradient=deq.JacobianFreeGradient())
 BACKBONE = dict(channels=(8,), stem_strides=(1,), expansion=1)
 NECK = dict(in_channels=(8,), head_channels=(8,), out_channels=8)
+SECANTS = [deq.Anderson, deq.LimitedMemoryBroyden]
+SOLVERS = [deq.FixedPointIteration, *SECANTS]
+DAMPED = [deq.TruncatedGradient, deq.PhantomGradient]
+# Owner, option, the least integer that it takes, and its needs.
 INTEGERS = [
-    *((owner, option, 1, {}) for option, owners in STEPS.items() for owner in owners),
+    *((owner, 'max_iter', 1, {}) for owner in SOLVERS),
+    *((owner, 'check_every', 1, {}) for owner in SOLVERS),
+    *((owner, 'memory', 1, {}) for owner in SECANTS),
+    *((owner, 'steps', 1, {}) for owner in DAMPED),
     (deq.SharedInverseGradient, 'steps', 0, {}),
     (deq.JacobianRegularizer, 'samples', 1, dict(weight=1)),
-    (
-        deq.ImplicitLayer,
-        'unrolled_layers',
-        0,
-        LAYER := dict(solver=deq.Anderson(), gradient=deq.JacobianFreeGradient()),
-    ),
+    (deq.ImplicitLayer, 'unrolled_layers', 0, LAYER),
     (hooks.MDEQWarmupHook, 'unrolled_iters', 0, {}),
     (hooks.MDEQWarmupHook, 'unrolled_layers', 1, {}),
     (hooks.MDEQWarmupHook, 'softplus_iters', 0, {}),
@@ -111,18 +108,13 @@ INTEGERS = [
     (models.NeuralODEBackbone, 'hidden_channels', 1, {}),
     (models.NeuralODEBackbone, 'augment_channels', 0, {}),
 ]
-# Owner, option, the interval in its message, numbers in it and numbers outside.
+# Owner, option, the interval in its message, its needs, numbers in it and numbers outside.
 NUMBERS = [
     *(
         (owner, 'damping', '(0, 1]', {}, [1e-3, 1], [0, 1.001, -0.5])
-        for owner in (
-            deq.FixedPointIteration,
-            deq.Anderson,
-            deq.TruncatedGradient,
-            deq.PhantomGradient,
-        )
+        for owner in (deq.FixedPointIteration, deq.Anderson, *DAMPED)
     ),
-    *((owner, 'tol', '[0, inf)', {}, [0, 2.0], [-1e-9]) for owner in STEPS['max_iter']),
+    *((owner, 'tol', '[0, inf)', {}, [0, 2.0], [-1e-9]) for owner in SOLVERS),
     (deq.Anderson, 'ridge', '[0, inf)', {}, [0, 2.0], [-1e-9]),
     (deq.SharedInverseGradient, 'max_growth', '[0, inf)', {}, [0, 0.5, 5.0], [-0.1]),
     (deq.JacobianRegularizer, 'weight', '[0, inf)', {}, [0, 0.5, 9.0], [-0.1]),
@@ -146,7 +138,7 @@ FLAGS = [
     (models.MDEQBackbone, 'norm_eval', BACKBONE),
 ]
 
-# Owner, option, class of the part, and what else the owner needs.
+# Owner, option, class of the part, and the owner's needs.
 KINDS = [
     (deq.ImplicitLayer, 'solver', deq.Solver, LAYER),
     (deq.ImplicitLayer, 'gradient', deq.Gradient, LAYER),

@@ -221,6 +221,8 @@ def test_means_are_those_of_the_processes_that_solved(monkeypatch):
     model([torch.randn(3, 16, 16)] * 2, mode='loss')
     hook, runner = SolverStatsHook(), SimpleNamespace(model=model)
     alone = hook._collect(runner, ('forward', 'backward'), reduce=False)
+    # Processes may have other numbers of batches to evaluate: nobody waits for another.
+    hook.after_val_iter(runner, 0)
     assert not reduced and alone['deq_nfe'] == 4 and 'deq_bwd_nfe' not in alone
     together = hook._collect(runner, ('forward', 'backward'))
     assert reduced == ['mean'] and together == pytest.approx(alone)
@@ -288,6 +290,13 @@ def test_nan_loss_is_told_apart_from_solver_failure(tmp_path):
     text = '\n'.join(warnings_of(tmp_path / 'solver'))
     assert 'forward solver diverged or turned non-finite on 2 samples' in text
     assert 'The loss is not finite; the solver failed as well' in text
+
+
+def test_nan_loss_of_an_unrolled_net_has_no_solver_to_blame():
+    runner = MagicMock()
+    SolverStatsHook()._watch(runner, {}, dict(loss=torch.tensor(float('nan'))))
+    (message,) = runner.logger.warning.call_args.args
+    assert 'The loss is not finite' in message and 'solver' not in message
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Hooks inside a real mmengine Runner on a toy task."""
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -319,9 +318,3 @@ def test_wrong_option_names_the_choices(make, words):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert_says(error, words)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logging.shutdown()

@@ -134,7 +134,8 @@ def test_heads_in_a_list_are_compared_each(model, words):
 
 
 def test_heads_that_come_to_a_model_in_a_filled_list_are_compared():
-    pytest.importorskip('mmseg')
+    pytest.importorskip('mmseg.models')
+    init_default_scope('mmseg')
 
     class Model(nn.Module):
         def __init__(self):
@@ -142,7 +143,8 @@ def test_heads_that_come_to_a_model_in_a_filled_list_are_compared():
             self.backbone = MODELS.build(dict(type='MDEQBackbone', channels=(8, 16)))
 
     def head(width):
-        return MODELS.build(dict(_head('FCNHead', width, 1), type='mmseg.FCNHead'))
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            return MODELS.build(_head('FCNHead', width, 1))
 
     model = Model()
     with pytest.raises(ValueError, match='auxiliary_head.1 takes in_channels=8'):

@@ -36,9 +36,13 @@ DEFAULTS = {
 
 @pytest.mark.parametrize('owner', DEFAULTS, ids=lambda owner: owner.__name__)
 def test_an_option_left_out_has_its_default(owner):
-    parameters = inspect.signature(owner).parameters.values()
+    parameters = list(inspect.signature(owner).parameters.values())
     found = {p.name: p.default for p in parameters if p.default is not p.empty}
     assert found == DEFAULTS[owner]
+    if len(found) == len(parameters) and isinstance(owner, type):
+        made = owner()
+        kept = {name: getattr(made, name) for name in found if hasattr(made, name)}
+        assert kept == {name: found[name] for name in kept}
 
 
 @pytest.mark.parametrize('value', [True, False, '1', None, 1.5, 0])
@@ -104,6 +108,7 @@ INTEGERS = [
     (models.MDEQBackbone, 'expansion', 1, BACKBONE),
     (models.MDEQBackbone, 'frozen_stages', -1, BACKBONE),
     (models.MDEQFuseNeck, 'out_channels', 1, NECK),
+    (models.PresentClasses, 'num_classes', 1, {}),
     (models.NeuralODEBackbone, 'in_channels', 1, {}),
     (models.NeuralODEBackbone, 'hidden_channels', 1, {}),
     (models.NeuralODEBackbone, 'augment_channels', 0, {}),

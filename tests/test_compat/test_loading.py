@@ -155,12 +155,20 @@ def test_pickles_of_numpy_1_and_2_are_read(tmp_path, core):
     assert loaded['a'].tolist() == [0.0, 1.0, 2.0] and loaded['b'] == 2
 
 
-def test_the_kinds_of_numbers_are_allowed_and_no_others():
-    allowed = {name: thing for thing, name in loading._mm_globals()}
-    kinds = {name for name in allowed if name.startswith('numpy.dtypes.')}
-    numbers = [np.dtype(code) for code in '?bBhHiIlLqQpPefdg']
-    assert kinds == {f'numpy.dtypes.{type(dtype).__name__}' for dtype in numbers}
-    assert all(allowed[f'numpy.dtypes.{type(dtype).__name__}'] is type(dtype) for dtype in numbers)
+def test_what_is_allowed_are_the_log_and_numbers():
+    core = getattr(np, '_core', None) or np.core
+    numbers = [type(np.dtype(code)) for code in '?bBhHiIlLqQpPefdg']
+    wanted = {
+        'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+        'builtins.getattr': loading._history_method,
+        'numpy.ndarray': np.ndarray,
+        'numpy.dtype': np.dtype,
+        **{f'{kind.__module__}.{kind.__qualname__}': kind for kind in numbers},
+    }
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        wanted[f'{module}._reconstruct'] = core.multiarray._reconstruct
+        wanted[f'{module}.scalar'] = core.multiarray.scalar
+    assert {name: thing for thing, name in loading._mm_globals()} == wanted
 
 
 @pytest.mark.parametrize('kind', ['O', 'V8', 'M8[s]', 'S3', 'U3'])

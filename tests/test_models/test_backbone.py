@@ -442,6 +442,19 @@ class TestFuseNeck:
                 wanted[f'{name}.{leaf}'] = weight[:1]
         assert shapes == wanted
 
+    def test_weights_of_its_convolutions_begin_small_and_norms_at_one(self):
+        torch.manual_seed(0)
+        neck = MDEQFuseNeck((32, 32), (32, 32), 64)
+        for parameter in neck.parameters():
+            nn.init.constant_(parameter, 7.0)
+        neck.init_weights()
+        for name, value in neck.named_parameters():
+            if value.dim() == 4:
+                assert value.std().item() == pytest.approx(0.01, rel=0.1), name
+            else:
+                wanted = 1 if name.endswith(('bn.weight', '.1.weight')) else 0
+                assert_same(value, torch.full_like(value, wanted))
+
     def test_one_map_at_the_lowest_resolution(self):
         neck = MODELS.build(
             dict(type='MDEQFuseNeck', in_channels=(8, 16), head_channels=(2, 4), out_channels=20)

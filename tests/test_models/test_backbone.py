@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mdeq_mm import deq
+from mdeq_mm.layers import MDEQConv2d
 from mdeq_mm.models import MDEQBackbone, MDEQFuseNeck
 
 from ..checks import assert_finite, assert_nonzero, assert_same, assert_says, grads
@@ -280,6 +281,13 @@ def test_stem_and_injection_are_the_formula(channels, strides):
     assert [name for name in net.stem.state_dict() if name.endswith('conv.bias')] == []
 
 
+def test_convolutions_of_the_stem_are_those_that_take_maps_one_pixel_wide():
+    convs = [
+        part for part in tiny(stem_strides=(2, 2)).stem.modules() if isinstance(part, nn.Conv2d)
+    ]
+    assert [type(conv) for conv in convs] == [MDEQConv2d] * 2
+
+
 def test_stem_injection_as_released():
     full = dict(stem_strides=(1, 1), expansion=1)
     assert isinstance(tiny(channels=(8, 8), **full).injection, nn.Identity)
@@ -343,7 +351,7 @@ def test_autocast_keeps_the_state_in_full_precision():
         (dict(channels=(3, 8)), ['3 channels', '8 groups', '[1, 3]']),
         (dict(channels=()), ['channels']),
         (dict(channels=(8, -1)), ['channels', '-1']),
-        (dict(out_indices=(0, 2)), ['out_indices', '0..1', '(0, 2)']),
+        (dict(out_indices=(0, 2)), ['MDEQBackbone: out_indices', '0..1', '(0, 2)']),
         (dict(upsample='cubic'), ['nearest', 'bilinear', "'cubic'"]),
         (dict(expansion=0), ['expansion', '>= 1']),
         (dict(drop_rate=1.0), ['drop_rate', '[0, 1)']),

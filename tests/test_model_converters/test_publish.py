@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 CONFIG = f"""
 _base_ = ['{REPO}/configs/mdeq_tiny_digits.py']
 model = dict(
-    backbone=dict(channels=(8, 8), expansion=1, solver=dict(max_iter=2)),
+    backbone=dict(channels=(8, 8), expansion=1, solver=dict(max_iter=2, jitter=None)),
     neck=[
         dict(type='MDEQFuseNeck', in_channels=(8, 8), head_channels=(4, 4), out_channels=16),
         dict(type='GlobalAveragePooling'),

@@ -40,7 +40,10 @@ model = dict(
 CLASSIFIER = f"""
 _base_ = ['{REPO}/configs/mdeq_tiny_digits.py']
 model = dict(
-    backbone=dict({', '.join(f'{k}={v!r}' for k, v in NET.items())}, solver=dict(max_iter=3)),
+    backbone=dict(
+        {', '.join(f'{k}={v!r}' for k, v in NET.items())},
+        solver=dict(max_iter=3, jitter=None),
+    ),
     neck=[
         dict(type='MDEQFuseNeck', in_channels=(8, 8), head_channels=(4, 4), out_channels=16),
         dict(type='GlobalAveragePooling'),

@@ -485,3 +485,26 @@ def test_a_term_of_another_size_must_be_upsampled(cpp):
     x = maps(2, 4, 4, 4)
     with pytest.raises(ValueError, match=r'\(2, 4, 2, 4\) .* \(2, 4, 4, 4\) unless'):
         sum_rectify(x, [Term(x[:, :, :2])], kernel=cpp)
+
+
+def test_one_of_torchs_graphs_serves_calls_that_differ_in_sizes_alone(monkeypatch):
+    keys = []
+
+    def made(*key):
+        keys.append(key)
+        return lambda *args: args
+
+    monkeypatch.setattr(compiled, '_compiled', made)
+    x, weights = torch.zeros(2, 4, 3, 3), [torch.ones(4), None]
+    calls = [
+        (x, weights, 2),
+        (torch.zeros(5, 4, 7, 9), weights, 2),
+        (x[:, :2], weights, 2),
+        (x, weights, 4),
+        (x.double(), weights, 2),
+        (x, [torch.ones(4).double(), None], 2),
+        (x, [torch.ones(4), torch.ones(4)], 2),
+    ]
+    for args in calls:
+        assert compiled._run('norm_relu', *args) == args
+    assert keys[0] == keys[1] and len(set(keys)) == len(calls) - 1

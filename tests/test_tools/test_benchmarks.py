@@ -253,7 +253,8 @@ def test_a_recipe_to_learn_by_is_all_its_own(task, tmp_path):
             assert backbone.gradient.solver.max_iter == 20
             assert warmup.unrolled_iters == warmup.softplus_iters == learn.UNROLLED[task]
         elif published is None:
-            assert backbone.solver.jitter == (6, 12) and backbone.gradient.type == 'PhantomGradient'
+            assert backbone.solver.jitter == (5, 20)
+            assert backbone.gradient.type == 'JacobianFreeGradient'
             assert 'unrolled_iters' not in warmup
         else:
             assert backbone.norm_kernel == 'native' and 'unrolled_iters' not in warmup

@@ -25,9 +25,9 @@ UNROLLED = dict(digits=80, cifar10_5k=240)
 BROYDEN = dict(type='LimitedMemoryBroyden', tol=1e-3, memory=5)
 FEW = {
     'model.backbone.solver': dict(
-        type='Anderson', max_iter=8, jitter=(6, 12), tol=1e-3, memory=5, _delete_=True
+        type='Anderson', max_iter=8, jitter=(5, 20), tol=1e-3, memory=5, _delete_=True
     ),
-    'model.backbone.gradient': dict(type='PhantomGradient', steps=3, damping=0.5, _delete_=True),
+    'model.backbone.gradient': dict(type='JacobianFreeGradient', _delete_=True),
     'model.backbone.regularizer': dict(type='JacobianRegularizer', weight=1.0, probability=0.1),
     'default_hooks.warmup': dict(type='MDEQWarmupHook', _delete_=True),
 }
@@ -107,11 +107,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def candidates(task: str) -> dict[str, tuple[dict[str, Any], dict[str, Any] | None]]:
     """Options of the config, and arguments of torchdeq's solver if it is to solve, by name."""
     rows: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
-        'few evaluations, phantom, penalty': (FEW, None),
+        'few evaluations, Jacobian-free, penalty': (FEW, None),
         "the paper's recipe": (paper(UNROLLED[task]), None),
     }
     if has_bfloat16('cpu'):
-        rows['few evaluations, phantom, penalty, bf16'] = ({**FEW, **BFLOAT16}, None)
+        rows['few evaluations, Jacobian-free, penalty, bf16'] = ({**FEW, **BFLOAT16}, None)
     try:
         import torchdeq  # noqa: F401
     except ImportError:

@@ -28,7 +28,7 @@ DEFAULTS = dict(
     JacobianRegularizer=dict(probability=1.0, samples=1),
     LimitedMemoryBroyden=dict(SOLVER, memory=5, history_dtype=None),
     PhantomGradient=dict(steps=5, damping=0.5),
-    PreviousStart=dict(history=False),
+    PreviousStart=dict(history=False, motion=0),
     SharedInverseGradient=dict(steps=0, max_growth=1.3),
     Solver=SOLVER,
     TruncatedGradient=dict(steps=5, damping=0.5),

@@ -93,6 +93,7 @@ INTEGERS = [
     *((owner, 'memory', 1, {}) for owner in SECANTS),
     *((owner, 'steps', 1, {}) for owner in DAMPED),
     (deq.SharedInverseGradient, 'steps', 0, {}),
+    (deq.PreviousStart, 'motion', 0, {}),
     (deq.JacobianRegularizer, 'samples', 1, dict(weight=1)),
     (deq.ImplicitLayer, 'unrolled_layers', 0, LAYER),
     (hooks.MDEQWarmupHook, 'unrolled_iters', 0, {}),

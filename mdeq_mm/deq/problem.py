@@ -54,11 +54,14 @@ class Problem:
         start (Tensor): (N, D) where a solve begins, unless the layer's ``start`` says otherwise.
         shapes (list): Shapes of the parts of the state, without N.
         separable (bool): Whether :meth:`rows` can give f for a subset of the samples.
+        scene (Tensor | None): A map (N, C, H, W) of what f is bound to, if the state consists of
+            maps of the same scene.
     """
 
     start: Tensor
     shapes: list[Shape]
     separable = False
+    scene: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
@@ -315,6 +318,10 @@ class CellProblem(Problem):
                 f'and its state_shapes says {self.shapes}: the two must be equal.'
             )
         return pack(out, self.channels_last).to(z.dtype)
+
+    @property
+    def scene(self) -> Tensor | None:
+        return self.injection if self.injection.dim() == 4 else None
 
     @property
     def separable(self) -> bool:

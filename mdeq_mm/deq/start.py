@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..options import check_flag, immutable
+from ..options import check_flag, check_int, immutable
+from .motion import motion_between, moved_along
 from .problem import Problem, outside_inference
 from .solvers.base import Part, Solution, Solver, Status, with_tensors
 
@@ -46,22 +47,34 @@ class PreviousStart(ZeroStart):
         history (bool): Anderson and Broyden also go on with the last solve's history, unless that
             solve failed. It pays with a memory of about as many pairs as a solve has evaluations;
             these stay allocated between frames.
+        motion (int): If positive, the last equilibrium is moved along with what moved in the
+            injection since, by at most so many pixels of it. It needs a problem with a ``scene``,
+            as that of a cell; the equilibrium of another stays where it is.
     """
 
     history: bool = False
+    motion: int = 0
 
     def __post_init__(self) -> None:
         check_flag('PreviousStart', 'history', self.history)
+        check_int('PreviousStart', 'motion', self.motion, 0)
         object.__setattr__(self, '_last', threading.local())
 
     def __call__(self, problem: Problem, training: bool) -> Tensor:
-        if not training and getattr(self._last, 'kind', None) == _kind(problem):
-            return outside_inference(self._last.z)
-        return problem.start
+        if training or getattr(self._last, 'kind', None) != _kind(problem):
+            return problem.start
+        z = outside_inference(self._last.z)
+        if not self.motion or problem.scene is None:
+            return z
+        before, now = self._last.scene, problem.scene.detach()
+        motion = motion_between(before.to(z.dtype), now.to(z.dtype), self.motion)
+        return problem.flat([moved_along(part, motion) for part in problem.maps(z)])
 
     def remember(self, problem: Problem, z: Tensor, training: bool) -> None:
         if not training:
             self._last.kind, self._last.z = _kind(problem), z.detach()
+            scene = problem.scene if self.motion else None
+            self._last.scene = None if scene is None else scene.detach()
 
     def state(self, problem: Problem, solver: Solver) -> Any:
         made_by = getattr(self._last, 'solved', None)
@@ -78,7 +91,7 @@ class PreviousStart(ZeroStart):
         self._last.__dict__.clear()
 
     def __getstate__(self) -> dict:
-        return dict(history=self.history)
+        return dict(history=self.history, motion=self.motion)
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -86,5 +99,6 @@ class PreviousStart(ZeroStart):
 
 def _kind(problem: Problem) -> tuple:
     """What two batches must share for the state of one to be a start for the other."""
-    start = problem.start
-    return tuple(start.shape), start.dtype, start.device, tuple(map(tuple, problem.shapes))
+    start, scene = problem.start, problem.scene
+    shapes = tuple(map(tuple, problem.shapes)), None if scene is None else tuple(scene.shape)
+    return tuple(start.shape), start.dtype, start.device, shapes

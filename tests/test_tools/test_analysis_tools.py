@@ -380,16 +380,13 @@ class TestWarmStart:
         folder = write_frames([(48, 80)])
         flags = ['--frames', '3', '--window', '32', '48', '--pixels', '0', '2', '--tol', '0.5']
         rows = warm_start.main(['seg.py', save_checkpoint('seg.py'), folder, *flags])
-        assert [(row['pixels'], row['history']) for row in rows] == [
-            (0, False),
-            (0, True),
-            (2, False),
-            (2, True),
+        assert [(row['pixels'], row['start']) for row in rows] == [
+            (pixels, start) for pixels in (0, 2) for start in ('equilibrium', 'history', 'motion')
         ]
-        for still in rows[:2]:
+        for still in rows[:3]:
             assert still['warm'] == 1 and still['cold'] > 1 and still['equal'] == 1
             assert still['cold_exact'] == still['warm_exact'] < 1
-        assert all(moving['warm'] <= moving['cold'] for moving in rows[2:])
+        assert all(moving['warm'] <= moving['cold'] for moving in rows[3:])
         assert json.loads(Path('work_dirs/warm_start.json').read_text()) == rows
 
     def test_means_leave_out_the_first_frame_which_both_solve_alike(self):
@@ -427,7 +424,12 @@ class TestWarmStart:
         weights, folder = save_checkpoint('seg.py'), write_frames([(48, 80)])
         warm_start.main(['seg.py', weights, folder, *flags])
         found = [(solver.tol, solver.max_iter, repr(start)) for solver, start in solvers]
-        starts = ('ZeroStart()', 'PreviousStart(history=False)', 'PreviousStart(history=True)')
+        starts = [
+            'ZeroStart()',
+            'PreviousStart(history=False, motion=0)',
+            'PreviousStart(history=True, motion=0)',
+            'PreviousStart(history=True, motion=2)',
+        ]
         wanted = [(tol, 7, start) for tol in (0.5, 0.1) for start in starts]
         assert found == [(pytest.approx(0.01), 100, 'ZeroStart()'), *wanted]
         assert {solver.memory for solver, _ in solvers} == {3}

@@ -260,7 +260,7 @@ def paint_frame(
 
 
 def begin_warm(model: nn.Module, cfg: Config) -> None:
-    """Have the solve of a frame begin at the last frame's equilibrium, with its history.
+    """Have the solve of a frame begin at the last frame's equilibrium, with history and motion.
 
     Raises:
         ValueError: If one frame takes several solves, or none.
@@ -273,7 +273,7 @@ def begin_warm(model: nn.Module, cfg: Config) -> None:
             '--warm-start: this config slides a window over the frame, so that the last solve is '
             "another window's. Add --cfg-options model.test_cfg.mode=whole"
         )
-    implicit.start = PreviousStart(history=True)
+    implicit.start = PreviousStart(history=True, motion=2)
 
 
 def progress(number: int, count: int, calls: int | None) -> None:

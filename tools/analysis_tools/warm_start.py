@@ -1,8 +1,9 @@
 """Measure what a warm start saves on a pan: calls of f, and labels that differ from a cold start.
 
-A window moves over each image by so many pixels a frame. Each frame is segmented three times by the
-same solver at the same tolerance: from zeros, from the equilibrium of the frame before it, and from
-there with the history of that solve. The first frame of a pan, cold in every case, is left out.
+A window moves over each image by so many pixels a frame. Each frame is segmented four times by the
+same solver at the same tolerance: from zeros, from the equilibrium of the frame before it, from
+there with the history of that solve, and so again with the equilibrium moved along. The first frame
+of a pan, cold in every case, is left out.
 
 Two solves that stop at a loose tolerance differ, wherever they began. How far either is from the
 equilibrium is shown by the labels of a further, cold solve to a tenth of the smallest tolerance, or
@@ -29,6 +30,13 @@ from mdeq_mm.deq import PreviousStart, ZeroStart
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# What a warm solve begins with, as options of PreviousStart.
+WARM = {
+    'equilibrium': {},
+    'history': dict(history=True),
+    'motion': dict(history=True, motion=2),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,21 +165,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         implicit.eval_solver = solver.replace(max_iter=max_iter, tol=tol)
         return [list(solve_pan(model, frames, start(**options))) for frames in batches[pixels]]
 
-    print('pixels  tol      history  cold   warm   ratio  cold=warm  cold=exact  warm=exact')
+    print('pixels  tol      warm by      cold   warm   ratio  cold=warm  cold=exact  warm=exact')
     rows = []
     for pixels in args.pixels:
         exact = solved(pixels, ZeroStart, solver.tol / 10 or 1e-5, max(100, 2 * args.max_iter))
         for tol in args.tol:
             cold = solved(pixels, ZeroStart, tol, args.max_iter)
-            for history in (False, True):
-                warm = solved(pixels, PreviousStart, tol, args.max_iter, history=history)
-                row = dict(pixels=pixels, tol=tol, history=history, **compare(cold, warm, exact))
+            for name, options in WARM.items():
+                warm = solved(pixels, PreviousStart, tol, args.max_iter, **options)
+                row = dict(pixels=pixels, tol=tol, start=name, **compare(cold, warm, exact))
                 rows.append(row)
-                names = ('equal', 'cold_exact', 'warm_exact')
+                shares = ('equal', 'cold_exact', 'warm_exact')
                 print(
-                    f'{pixels:<7} {tol:<8g} {"yes" if history else "no":<8} {row["cold"]:<6.1f} '
-                    f'{row["warm"]:<6.1f} {row["ratio"]:<6.2f}',
-                    *(f'{100 * row[name]:.2f}%' for name in names),
+                    f'{pixels:<7} {tol:<8g} {name:<12} {row["cold"]:<6.1f} {row["warm"]:<6.1f} '
+                    f'{row["ratio"]:<6.2f}',
+                    *(f'{100 * row[share]:.2f}%' for share in shares),
                     flush=True,
                 )
     path = Path(args.out)

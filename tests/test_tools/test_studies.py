@@ -316,6 +316,51 @@ def test_the_table_of_nets_leaves_explicit_ones_without_evaluations(known, capsy
     assert mdeq['at 8'] == '**60.0**' and mdeq['at 40'] == '59.5' and mdeq['radius'] == '0.50'
 
 
+def test_times_that_were_taken_in_turn_are_those_of_the_table(
+    run, known, tmp_path, monkeypatch, capsys
+):
+    seconds = {'paper': iter([[9.0, 3.0], [5.0, 7.0]]), 'penalty': iter([[1.0, 2.0], [3.0, 0.0]])}
+    asked = []
+
+    def time_iterations(study, row, data_root, work_dir, iterations):
+        name = next(name for name in seconds if study.rows[name] is row)
+        asked.append((name, iterations))
+        return next(seconds[name])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_single_run, 'time_iterations', time_iterations)
+        run('recipes', '--time', '2', '--rows', *seconds, out='.')
+    assert asked == [('paper', 40), ('penalty', 40)] * 2
+    # The least of each iteration: 5 and 3 by the one, 1 and 0 by the other.
+    times = json.loads((tmp_path / 'recipes/times.json').read_text())
+    assert times['seconds'] == dict(paper=4.0, penalty=0.5)
+    capsys.readouterr()
+    head, _, *rows = printed(capsys, known, 'recipes')
+    assert [row[head.index('of the first')] for row in rows] == ['1.00', '0.12']
+
+
+@pytest.mark.parametrize('row, budget', [('few', 8), ('paper', 18)])
+def test_iterations_are_timed_at_whole_budgets(row, budget, tmp_path, monkeypatch):
+    data = write_class_folders(tmp_path / 'data', dict(train=65, test=1), num_classes=1, size=8)
+    runners, study = [], _studies.RECIPES
+    build = _single_run.build_runner
+    monkeypatch.setattr(
+        _single_run, 'build_runner', lambda cfg: runners.append(build(cfg)) or runners[0]
+    )
+    monkeypatch.setattr('mmengine.runner.ValLoop.run', lambda self: pytest.fail('validated'))
+    folder = tmp_path / 'run'
+    seconds = _single_run.time_iterations(study, study.rows[row], str(data), folder, 1)
+    # Of 65 images one batch.
+    assert len(seconds) == 1 and seconds[0] > 0 and not [*folder.rglob('*.pth')]
+    layer = runners[0].model.backbone.implicit
+    # Nets as they begin take fewer evaluations to the tolerance that they are trained with.
+    for stats, count in (
+        (layer.forward_stats, budget),
+        (layer.backward_stats, layer.gradient.solver.max_iter),
+    ):
+        assert (stats.num_iter == count).all()
+
+
 def test_some_rows_alone(known, capsys):
     head, _, *rows = printed(capsys, known, 'recipes', '--rows', 'penalty')
     assert len(rows) == 1 and 'of the first' not in head

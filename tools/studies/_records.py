@@ -7,6 +7,8 @@ from typing import Any
 
 from _studies import Row, Study
 
+# The file of what an iteration of each row takes.
+TIMES = 'times.json'
 # The remedy if a result has other settings.
 REMEDY = 'delete it, or name another folder by --out'
 

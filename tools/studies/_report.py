@@ -37,42 +37,47 @@ def curve(run: Run, key: str) -> dict[int, float]:
     return {point['evaluations']: point[key] for point in run.get('evaluations', ())}
 
 
-def table(study: Study, runs: Runs) -> str:
+def table(study: Study, runs: Runs, times: Mapping[str, float] | None = None) -> str:
     """A Markdown table, a line for each row.
 
     Accuracies are percent; in bold that at the evaluations that the row was trained with. The
-    residual is relative, there; the radius is the spectral radius, mean over images. Time is CPU
-    time of the training alone.
+    residual is relative, there; the radius is the spectral radius, mean over images. Minutes are
+    CPU time of the training alone, and so is what ``of the first`` compares, unless there are
+    ``times`` of the rows that were taken in turn.
     """
+    if times is None:
+        times = {name: mean(run['cpu_seconds'] for run in row) for name, row in runs.items()}
     counts = sorted(
         {count for row in runs.values() for run in row for count in curve(run, 'accuracy')}
     )
     head = ['', 'parameters', 'seeds', 'epochs', 'CPU min']
-    if study.baseline in runs:
+    if study.baseline in times:
         head.append('of the first')
     head += ['accuracy', 'best epoch']
     if counts:
         head += ['residual', 'radius', *(f'at {count}' for count in counts)]
     lines = [head, ['---'] * len(head)]
     for name, row in runs.items():
-        lines.append(_line(study, runs, name, row, counts))
+        lines.append(_line(study, times, name, row, counts))
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def _line(
-    study: Study, runs: Runs, name: str, row: Sequence[Run], counts: Sequence[int]
+    study: Study,
+    times: Mapping[str, float],
+    name: str,
+    row: Sequence[Run],
+    counts: Sequence[int],
 ) -> list[str]:
-    minutes = [run['cpu_seconds'] / 60 for run in row]
     cells = [
         study.rows[name].title,
         f'{row[0]["parameters"]:,}',
         str(len(row)),
         spread([run['epochs'] for run in row], 0) if _differ(row) else str(row[0]['epochs']),
-        spread(minutes),
+        spread([run['cpu_seconds'] / 60 for run in row]),
     ]
-    if study.baseline in runs:
-        whole = mean(run['cpu_seconds'] / 60 for run in runs[study.baseline])
-        cells.append(f'{mean(minutes) / whole:.2f}')
+    if study.baseline in times:
+        cells.append(f'{times[name] / times[study.baseline]:.2f}' if name in times else '')
     best = [max(epoch['accuracy'] for epoch in run['history']) for run in row]
     cells += [spread([run['accuracy'] for run in row]), spread(best)]
     if not counts:

@@ -37,6 +37,25 @@ RADIUS_IMAGES = 50
 PACKAGES = ('mdeq-mm', 'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy')
 
 
+class Times(Hook):
+    """CPU seconds of each training iteration, with the loading of its images."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._began = time.process_time()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+    ) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self._began)
+        self._began = now
+
+
 class History(Hook):
     """Keeps, for each epoch, loss, accuracy, and the CPU time that training has taken so far.
 
@@ -119,9 +138,20 @@ def versions() -> dict[str, str]:
 
 
 def make_config(
-    row: Row, settings: dict[str, Any], data_root: str | None, work_dir: Path
+    row: Row,
+    settings: dict[str, Any],
+    data_root: str | None,
+    work_dir: Path,
+    iterations: int | None = None,
 ) -> Config:
     """The config of a run, ready for a Runner.
+
+    Args:
+        row: The row.
+        settings: Its settings.
+        data_root: Folder of the images, instead of the config's.
+        work_dir: Folder of the run's checkpoints and logs.
+        iterations: If given, an epoch has at most so many, and nothing is validated or saved.
 
     Raises:
         FileNotFoundError: If the config or the images are missing.
@@ -142,6 +172,8 @@ def make_config(
     check_data(cfg, ('train_dataloader', 'test_dataloader'))
     if settings['holdout']:
         _hold_out(cfg, settings['holdout'])
+    if iterations is not None:
+        _shorten(cfg, iterations)
     if row.warmup_share:
         count = round(row.warmup_share * epochs * _iterations(cfg))
         cfg.default_hooks.warmup.update(unrolled_iters=count, softplus_iters=count)
@@ -167,6 +199,14 @@ def _hold_out(cfg: Config, every: int) -> None:
     kept['indices'] = [index for index in images if index % every == 0]
     for name in ('val_dataloader', 'test_dataloader'):
         cfg[name].dataset = kept
+
+
+def _shorten(cfg: Config, iterations: int) -> None:
+    """Leave of each epoch the first iterations, and train only."""
+    count = iterations * cfg.train_dataloader.batch_size
+    cfg.train_dataloader.dataset.indices = [*range(_images(cfg.train_dataloader.dataset))][:count]
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
 
 
 def _some_of(settings: dict[str, Any]) -> DataLoader:
@@ -265,3 +305,29 @@ def run(
     )
     write_json(result, content)
     return content
+
+
+def time_iterations(
+    study: Study, row: Row, data_root: str | None, work_dir: Path, iterations: int
+) -> list[float]:
+    """CPU seconds of each iteration of a short training, on one thread.
+
+    As much of it is unrolled as of a whole one. Solvers take their whole budgets, which nets that
+    have been trained for some time need.
+
+    Raises:
+        SystemExit: If config or images are not there.
+    """
+    torch.set_num_threads(1)
+    with one_line_errors('study.py'):
+        settings = settings_of(study, row, seed=0, epochs=1)
+        cfg = make_config(row, settings, data_root, work_dir, iterations)
+        cfg.log_level = 'ERROR'
+    runner, times = build_runner(cfg), Times()
+    for layer in implicit_layers(runner.model):
+        layer.solver = layer.solver.replace(tol=0)
+        if hasattr(layer.gradient, 'solver'):
+            layer.gradient = layer.gradient.replace(solver=layer.gradient.solver.replace(tol=0))
+    runner.register_hook(times)
+    runner.train()
+    return times.seconds

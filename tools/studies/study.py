@@ -2,6 +2,7 @@
 
     python tools/studies/study.py recipes --list
     python tools/studies/study.py recipes --data-root DATA --jobs 2
+    python tools/studies/study.py recipes --data-root DATA --time 3
     python tools/studies/study.py recipes --table --plot
 
 Each run is a process of one thread with a log of its own. A finished run is a JSON file under
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from _records import REMEDY, is_there, read_json, settings_of
+from _records import REMEDY, TIMES, is_there, read_json, settings_of, write_json
 from _studies import STUDIES, Study
+
+# Iterations of a round of --time: enough that drawn budgets and penalties have their mean.
+TIMED = 40
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('study', choices=STUDIES, help='what to compare')
     parser.add_argument(
         '--list', action='store_true', help='list the rows and how many runs of each are finished'
+    )
+    parser.add_argument(
+        '--time',
+        type=int,
+        metavar='ROUNDS',
+        help='time iterations of all rows in turn, so many rounds, for the table',
     )
     parser.add_argument('--table', action='store_true', help='print a table of the finished runs')
     parser.add_argument(
@@ -73,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--rows {" ".join(unknown)}: {args.study} has {", ".join(study.rows)}')
     if args.jobs < 0 or (args.epochs is not None and args.epochs < 1):
         parser.error('--jobs must be at least 0 and --epochs at least 1')
+    if args.time is not None and args.time < 1:
+        parser.error('--time must be at least 1')
     return args
 
 
@@ -123,6 +136,33 @@ def train(job: Job, study: Study, args: argparse.Namespace) -> None:
     epochs = epochs_of(job, study, args)
     row = study.rows[job.row]
     run(study, row, job.seed, epochs, args.data_root, work_dir, result_of(job, args))
+
+
+def time_rows(study: Study, args: argparse.Namespace) -> None:
+    """Time the rows in turn, and write the CPU seconds that an iteration of each takes.
+
+    Of each iteration it is the least of all rounds, so that a busy machine matters little; over the
+    iterations it is the mean, since some draw more evaluations, or a penalty, than others.
+    """
+    from _single_run import processor, time_iterations, versions
+
+    least: dict[str, list[float]] = {}
+    for number in range(args.time):
+        for name in args.rows or study.rows:
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = time_iterations(
+                    study, study.rows[name], args.data_root, Path(folder), TIMED
+                )
+            least[name] = [min(pair) for pair in zip(seconds, least.get(name, seconds))]
+            print(f'round {number + 1}, {name}: {mean(seconds):.3f} s an iteration', flush=True)
+    content = dict(
+        seconds={name: mean(seconds) for name, seconds in least.items()},
+        iterations=TIMED,
+        rounds=args.time,
+        processor=processor(),
+        versions=versions(),
+    )
+    write_json(Path(args.out) / args.study / TIMES, content)
 
 
 class Processes:
@@ -221,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     jobs = jobs_of(study, args)
     if args.list:
         show_rows(study, jobs, args)
+    elif args.time:
+        time_rows(study, args)
     elif args.table or args.plot is not None:
         from _report import chart, read_results, table
 
@@ -229,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         if not runs:
             sys.exit(f'study.py: no finished runs in {Path(args.out) / args.study}')
         if args.table:
-            print(table(study, runs))
+            times = read_json(Path(args.out) / args.study / TIMES)
+            print(table(study, runs, times and times['seconds']))
         if args.plot is not None:
             path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ _base_ = [
 model = dict(
     backbone=dict(
         drop_rate=0.25,
-        solver=dict(_delete_=True, type='Anderson', max_iter=8, tol=1e-3, memory=5),
-        gradient=dict(_delete_=True, type='PhantomGradient', steps=3, damping=0.5),
+        # What the study of recipes recommends.
+        solver=dict(_delete_=True, type='Anderson', max_iter=8, jitter=(5, 20), memory=5),
+        gradient=dict(_delete_=True, type='JacobianFreeGradient'),
+        regularizer=dict(type='JacobianRegularizer', weight=1.0, probability=0.1),
     ),
     neck=[dict(_base_.model.neck[0], out_channels=216), _base_.model.neck[1]],
     head=dict(in_channels=216),

@@ -897,8 +897,8 @@ def camvid_training(lr: float, warmup: Values | None) -> Values:
 
 
 SCENES_BACKBONE = mdeq(
-    761_232,
-    [24, 48, 96],
+    351_904,
+    [24, 40, 56],
     8,
     phantom(3, 0.5),
     solver=anderson(8, 5),
@@ -909,9 +909,9 @@ SCENES_BACKBONE = mdeq(
     init_cfg=KAIMING,
 )
 # Five pixels in six are background.
-SCENES_HEAD = fcn_head([24, 48, 96], 128, 11, class_weight=[1.0] * 10 + [0.2])
+SCENES_HEAD = fcn_head([24, 40, 56], 80, 11, class_weight=[1.0] * 10 + [0.2])
 SCENES_TRAINING = training(
-    adam(2e-3, 1e-5),
+    adam(4e-3, 1e-5),
     [linear_start(50, 0.1), cosine(1000, begin=50)],
     (1000, 'iterations'),
     batch=16,
@@ -1281,10 +1281,12 @@ RECIPES: dict[str, dict[str, Values]] = dict(
             117_720,
             [24, 24],
             8,
-            phantom(3, 0.5),
+            dict(type='JacobianFreeGradient'),
             drop_rate=0.25,
             stem_strides=(1, 1),
             solver=anderson(8, 5),
+            jitter=[5, 20],
+            regularizer=jacobian(1.0, 0.1),
         ),
         heads=classifier(160_218, fuse_neck([24, 24], [8, 16], 216), 10),
         training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
@@ -1297,11 +1299,13 @@ RECIPES: dict[str, dict[str, Values]] = dict(
             122_656,
             [32],
             8,
-            phantom(3, 0.5),
+            dict(type='JacobianFreeGradient'),
             drop_rate=0.25,
             expansion=6,
             stem_strides=(1, 1),
             solver=anderson(8, 5),
+            jitter=[5, 20],
+            regularizer=jacobian(1.0, 0.1),
         ),
         heads=classifier(169_554, fuse_neck([32], [32], 200), 10),
         training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
@@ -1618,7 +1622,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
     ),
     mdeq_demo_digit_scenes=dict(
         backbone=SCENES_BACKBONE,
-        heads=segmentor(784_411, SCENES_HEAD, [('BatchNorm2d', 0.05)]),
+        heads=segmentor(362_555, SCENES_HEAD, [('BatchNorm2d', 0.05)]),
         training=SCENES_TRAINING,
         data=digit_scenes(),
         evaluation=evaluation(MIOU, tta=views(ratios(0.75, 1.0, 1.25), flips=False)),
@@ -1629,7 +1633,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         heads=dict(
             model='ImageClassifier',
             preprocessor='SegDataPreProcessor',
-            parameters=1_115_349,
+            parameters=541_365,
             batch_norms=[['BatchNorm2d', 0.05], ['BatchNorm2d', 0.1]],
             test_cfg=None,
             train_cfg=None,
@@ -1637,7 +1641,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
             head=dict(
                 type='JointHead',
                 seg=SCENES_HEAD,
-                cls_neck=fuse_neck([24, 48, 96], [12, 24, 48], 256, KAIMING),
+                cls_neck=fuse_neck([24, 40, 56], [12, 20, 28], 256, KAIMING),
                 cls=dict(
                     type='MultiLabelLinearClsHead',
                     in_channels=256,

@@ -14,8 +14,8 @@ model = dict(
         channels=channels,
         expansion=3,
         stem_norm_cfg=norm_cfg,
-        # In three quarters of the time that 10 evaluations, the exact gradient by 10 and 750 unrolled
-        # iterations take, and better.
+        # In three quarters of the time of 10 evaluations, the exact gradient by 10 and 750 unrolled
+        # iterations, and better.
         solver=dict(_delete_=True, type='Anderson', max_iter=8, jitter=(6, 12), memory=5),
         gradient=dict(_delete_=True, type='PhantomGradient', steps=3, damping=0.5),
         regularizer=dict(type='JacobianRegularizer', weight=1.0, probability=0.1),

@@ -12,7 +12,7 @@ def motion_between(before: Tensor, now: Tensor, reach: int) -> Tensor:
     """Where the surroundings of each pixel of ``now`` were in ``before``, by block matching.
 
     Of the displacements by whole pixels it takes the one whose squares differ least, none at all
-    where that is as good, and refines it by the vertex of a paraboloid through its neighbours.
+    where that is as good.
 
     Args:
         before (Tensor): (N, C, H, W).
@@ -22,51 +22,25 @@ def motion_between(before: Tensor, now: Tensor, reach: int) -> Tensor:
     Returns:
         (N, 2, H, W), rows and columns: what is at x now was at x + motion.
     """
-    height, width = now.shape[2:]
-    # One more on each side, so that every candidate has neighbours.
-    border = reach + 1
-    padded = F.pad(before, (border,) * 4, mode='replicate')
-    side = 2 * border + 1
-    costs = []
-    for row in range(side):
-        for column in range(side):
-            moved = padded[:, :, row : row + height, column : column + width]
-            difference = (moved - now).square().mean(1, keepdim=True)
-            costs.append(_mean_around(difference))
-    cost = torch.cat(costs, 1)
-
-    inside = torch.zeros(side, side, dtype=torch.bool, device=now.device)
-    inside[1:-1, 1:-1] = True
-    candidates = cost.masked_fill(~inside.view(1, -1, 1, 1), torch.inf)
-    least, best = candidates.min(1, keepdim=True)
-    still = side * border + border
+    # The mean over channels shows what moves as well as all of them, in a fraction of the time.
+    before, now = (maps.mean(1, keepdim=True) for maps in (before, now))
+    side = 2 * reach + 1
+    padded = F.pad(before, (reach,) * 4, mode='replicate')
+    moved = padded[:, 0].unfold(1, now.shape[2], 1).unfold(2, now.shape[3], 1)
+    cost = _sum_around((moved - now[:, :, None]).square().flatten(1, 2))
+    least, best = cost.min(1, keepdim=True)
+    still = side * reach + reach
     best = torch.where(cost[:, still : still + 1] <= least, still, best)
-    whole = torch.cat([best // side - border, best % side - border], 1)
-    return whole + _vertex(cost, best, side)
+    return torch.cat([best // side - reach, best % side - reach], 1).to(now.dtype)
 
 
-def _mean_around(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, _WINDOW, 1, _WINDOW // 2, count_include_pad=False)
-
-
-def _vertex(cost: Tensor, best: Tensor, side: int) -> Tensor:
-    """How far from the best candidate the least cost is, (N, 2, H, W) within half a pixel."""
-
-    def at(row: int, column: int) -> Tensor:
-        return cost.gather(1, best + row * side + column)
-
-    least = at(0, 0)
-    slope = [(at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2]
-    bend = [at(1, 0) - 2 * least + at(-1, 0), at(0, 1) - 2 * least + at(0, -1)]
-    twist = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
-    determinant = bend[0] * bend[1] - twist.square()
-    offset = [
-        (twist * slope[1] - bend[1] * slope[0]) / determinant,
-        (twist * slope[0] - bend[0] * slope[1]) / determinant,
-    ]
-    # A perfect match is where it is, and without a minimum there is nothing to refine.
-    known = (least > 0) & (determinant > 0)
-    return torch.where(known, torch.cat(offset, 1), 0.0).clamp(-0.5, 0.5)
+def _sum_around(x: Tensor) -> Tensor:
+    """Sums over the square around each pixel; those of zeros are zero. torch's pooling is slow."""
+    x = F.pad(x, (_WINDOW // 2,) * 4, mode='replicate')
+    for dim in (2, 3):
+        size = x.shape[dim] - _WINDOW + 1
+        x = sum(x.narrow(dim, k, size) for k in range(_WINDOW))
+    return x
 
 
 def moved_along(features: Tensor, motion: Tensor) -> Tensor:

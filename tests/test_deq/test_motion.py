@@ -44,15 +44,6 @@ def test_whole_pixels_are_found_exactly(rows, columns):
     assert (motion[:, 0] == rows).all() and (motion[:, 1] == columns).all()
 
 
-@pytest.mark.parametrize('rows, columns', [(0.5, -1.25), (0.25, 0.25), (1.5, 0.75)])
-def test_parts_of_a_pixel_are_found_nearly(rows, columns):
-    at = scene()
-    motion = inner(motion_between(at(), at(rows, columns), 2))
-    error = (motion - torch.tensor([rows, columns]).view(2, 1, 1)).abs()
-    # Rounded to whole pixels it would be 0.25 to 0.5.
-    assert error.mean() < 0.15
-
-
 def test_samples_and_regions_have_motions_of_their_own():
     at, other = scene(), scene(1)
     left = torch.arange(40) < 20

@@ -9,12 +9,15 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 
-def check_data(cfg: Config, names: tuple[str, ...]) -> None:
+def check_data(
+    cfg: Config, names: tuple[str, ...], option: str = '--cfg-options data_root=FOLDER'
+) -> None:
     """Check that the data sets exist before anything is built.
 
     Args:
         cfg: The config, options merged.
         names: The data loaders that will be used.
+        option: What of the caller's command line names another folder.
 
     Raises:
         FileNotFoundError: If a folder does not exist. The message names it and the remedy.
@@ -24,7 +27,7 @@ def check_data(cfg: Config, names: tuple[str, ...]) -> None:
         if cfg.get(name) is not None:
             for dataset in inner_datasets(cfg[name].get('dataset')):
                 if dataset.get('data_root'):
-                    _check_dataset(name, dataset)
+                    _check_dataset(name, dataset, option)
 
 
 def dataset_class(dataset: dict) -> Any:
@@ -61,7 +64,7 @@ def test_dataset(cfg: Config) -> dict | None:
     return None
 
 
-def _check_dataset(name: str, dataset: dict) -> None:
+def _check_dataset(name: str, dataset: dict, option: str) -> None:
     """Check the folders of one data set, unless it is remote or downloads itself."""
     root = str(dataset['data_root'])
     if '://' in root or dataset.get('backend_args') or _downloads(dataset):
@@ -73,7 +76,7 @@ def _check_dataset(name: str, dataset: dict) -> None:
             state = 'is empty' if os.path.isdir(path) else 'does not exist'
             raise FileNotFoundError(
                 f'{name} wants the folder {path}, which {state}. See docs/data.md for '
-                'where to get it, or name yours by --cfg-options data_root=FOLDER'
+                f'where to get it, or name yours by {option}'
             )
 
 

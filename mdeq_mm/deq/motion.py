@@ -15,19 +15,19 @@ def motion_between(before: Tensor, now: Tensor, reach: int) -> Tensor:
     where that is as good.
 
     Args:
-        before (Tensor): (N, C, H, W).
-        now (Tensor): (N, C, H, W).
-        reach (int): Largest displacement in each direction, in pixels.
+        before (Tensor): (N, 1, H, W).
+        now (Tensor): (N, 1, H, W).
+        reach (int): Largest displacement in each direction, in pixels. Time and memory grow with
+            its square.
 
     Returns:
         (N, 2, H, W), rows and columns: what is at x now was at x + motion.
     """
-    # The mean over channels shows what moves as well as all of them, in a fraction of the time.
-    before, now = (maps.mean(1, keepdim=True) for maps in (before, now))
     side = 2 * reach + 1
     padded = F.pad(before, (reach,) * 4, mode='replicate')
     moved = padded[:, 0].unfold(1, now.shape[2], 1).unfold(2, now.shape[3], 1)
     cost = _sum_around((moved - now[:, :, None]).square().flatten(1, 2))
+    cost = cost.nan_to_num(nan=torch.inf)
     least, best = cost.min(1, keepdim=True)
     still = side * reach + reach
     best = torch.where(cost[:, still : still + 1] <= least, still, best)

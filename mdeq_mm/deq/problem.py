@@ -55,7 +55,8 @@ class Problem:
         shapes (list): Shapes of the parts of the state, without N.
         separable (bool): Whether :meth:`rows` can give f for a subset of the samples.
         scene (Tensor | None): A map (N, C, H, W) of what f is bound to, if the state consists of
-            maps of the same scene.
+            maps of the same scene: :meth:`maps` is then a list of (N, Ci, Hi, Wi), as :meth:`flat`
+            takes.
     """
 
     start: Tensor

@@ -48,8 +48,9 @@ class PreviousStart(ZeroStart):
             solve failed. It pays with a memory of about as many pairs as a solve has evaluations;
             these stay allocated between frames.
         motion (int): If positive, the last equilibrium is moved along with what moved in the
-            injection since, by at most so many pixels of it. It needs a problem with a ``scene``,
-            as that of a cell; the equilibrium of another stays where it is.
+            injection since, by at most so many whole pixels of it; what is compared is the mean
+            size of its channels. It needs a problem with a ``scene``, as that of a cell; the
+            equilibrium of another stays where it is. Time and memory grow with its square.
     """
 
     history: bool = False
@@ -64,17 +65,24 @@ class PreviousStart(ZeroStart):
         if training or getattr(self._last, 'kind', None) != _kind(problem):
             return problem.start
         z = outside_inference(self._last.z)
-        if not self.motion or problem.scene is None:
+        before, now = self._last.scene, self._scene(problem)
+        if before is None or now is None or before.shape != now.shape:
             return z
-        before, now = self._last.scene, problem.scene.detach()
-        motion = motion_between(before.to(z.dtype), now.to(z.dtype), self.motion)
+        motion = motion_between(before, now, self.motion)
         return problem.flat([moved_along(part, motion) for part in problem.maps(z)])
+
+    def _scene(self, problem: Problem) -> Tensor | None:
+        """What shows the motion, (N, 1, H, W) in the dtype of the state; a tensor of its own."""
+        scene = problem.scene if self.motion else None
+        if scene is None:
+            return None
+        # Channels may cancel, their sizes do not.
+        return scene.detach().to(problem.start.dtype).abs().mean(1, keepdim=True)
 
     def remember(self, problem: Problem, z: Tensor, training: bool) -> None:
         if not training:
             self._last.kind, self._last.z = _kind(problem), z.detach()
-            scene = problem.scene if self.motion else None
-            self._last.scene = None if scene is None else scene.detach()
+            self._last.scene = self._scene(problem)
 
     def state(self, problem: Problem, solver: Solver) -> Any:
         made_by = getattr(self._last, 'solved', None)
@@ -99,6 +107,5 @@ class PreviousStart(ZeroStart):
 
 def _kind(problem: Problem) -> tuple:
     """What two batches must share for the state of one to be a start for the other."""
-    start, scene = problem.start, problem.scene
-    shapes = tuple(map(tuple, problem.shapes)), None if scene is None else tuple(scene.shape)
-    return tuple(start.shape), start.dtype, start.device, shapes
+    start = problem.start
+    return tuple(start.shape), start.dtype, start.device, tuple(map(tuple, problem.shapes))

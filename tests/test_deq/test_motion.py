@@ -20,10 +20,10 @@ EDGE = 9
 
 
 def scene(seed=0, height=32, width=40):
-    """(2, 3, H, W) of waves, which can be sampled anywhere, as a function of the place."""
+    """(2, 1, H, W) of waves, which can be sampled anywhere, as a function of the place."""
     gen = torch.Generator().manual_seed(seed)
-    rate = 0.6 * torch.rand(2, 3, 8, 2, 1, 1, generator=gen) + 0.1
-    phase = 6.3 * torch.rand(2, 3, 8, 1, 1, generator=gen)
+    rate = 0.6 * torch.rand(2, 1, 8, 2, 1, 1, generator=gen) + 0.1
+    phase = 6.3 * torch.rand(2, 1, 8, 1, 1, generator=gen)
 
     def at(rows=0.0, columns=0.0):
         y = torch.arange(height).view(-1, 1) + rows
@@ -57,16 +57,24 @@ def test_samples_and_regions_have_motions_of_their_own():
 
 
 def test_nothing_moves_where_nothing_can_be_seen():
-    flat = torch.full((1, 2, 12, 12), 3.0)
+    flat = torch.full((1, 1, 12, 12), 3.0)
     assert not motion_between(flat, flat, 3).any()
     assert not motion_between(flat, flat + 1, 3).any()
     assert not motion_between(scene()(), scene()(), 3).any()
 
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_what_is_not_finite_does_not_move(value):
+    before, now = scene()(), scene()(1, 0)
+    before[0, 0, 16, 20] = now[1, 0, 16, 20] = value
+    motion = motion_between(before, now, 2)
+    assert motion.isfinite().all() and not motion[:, :, 16, 20].any()
+
+
 @pytest.mark.parametrize('size', [(1, 1), (2, 9)])
 def test_a_map_smaller_than_the_search(size):
     maps = torch.rand(2, 3, *size)
-    motion = motion_between(maps, maps.flip(3), 4)
+    motion = motion_between(maps[:, :1], maps[:, :1].flip(3), 4)
     assert motion.shape == (2, 2, *size) and motion.isfinite().all()
     assert moved_along(maps, motion).isfinite().all()
 
@@ -134,6 +142,19 @@ def test_the_motion_is_followed_from_frame_to_frame_and_begins_anew(layer):
     assert evaluations(layer, spot(4, 4)) == first
 
 
+def test_a_frame_is_remembered_as_it_was(layer):
+    frame = spot(10, 12)
+    evaluations(layer, frame)
+    frame.copy_(spot(12, 16))
+    assert evaluations(layer, frame) < 3
+
+
+def test_channels_may_cancel(layer):
+    first, second = (spot(row, column) for row, column in ((10, 12), (12, 16)))
+    evaluations(layer, torch.cat([first, -first], 1))
+    assert evaluations(layer, torch.cat([second, -second], 1)) < 3
+
+
 def test_frames_in_inference_mode_and_with_a_graph(layer):
     with torch.inference_mode():
         evaluations(layer, spot(10, 12))
@@ -143,6 +164,24 @@ def test_frames_in_inference_mode_and_with_a_graph(layer):
     assert layer.forward_stats.num_iter.item() < 3 and (gradient == 1).all()
     # No graph of a frame is kept for the next.
     assert not layer.start._last.scene.requires_grad
+
+
+class Vector(nn.Module):
+    """z = 0.5 z + x of an injection without a place: (N, 4)."""
+
+    def state_shapes(self, injection):
+        return [(4, 1, 1)]
+
+    def forward(self, states, injection):
+        return [0.5 * states[0] + injection[:, :, None, None]]
+
+
+def test_a_cell_without_a_map_has_no_scene_to_move_in(layer):
+    problem = CellProblem(Vector(), torch.rand(2, 4))
+    assert problem.scene is None
+    layer(problem)
+    layer(problem)
+    assert (layer.forward_stats.num_iter == 1).all()
 
 
 def test_a_function_has_no_scene_to_move_in():

@@ -131,7 +131,7 @@ def test_a_result_of_other_settings_is_refused(run, tmp_path):
 
 def test_missing_images_are_named(tmp_path):
     places = ['--out', str(tmp_path), '--work-dir', str(tmp_path), '--data-root', '/nowhere']
-    with pytest.raises(SystemExit, match='/nowhere'):
+    with pytest.raises(SystemExit, match='/nowhere.* by --data-root FOLDER'):
         study_tool.main(['recipes', '--rows', 'few', '--jobs', '0', *places])
 
 
@@ -322,8 +322,13 @@ def test_times_that_were_taken_in_turn_are_those_of_the_table(
     seconds = {'paper': iter([[9.0, 3.0], [5.0, 7.0]]), 'penalty': iter([[1.0, 2.0], [3.0, 0.0]])}
     asked = []
 
-    def time_iterations(study, row, data_root, work_dir, iterations):
-        name = next(name for name in seconds if study.rows[name] is row)
+    def ratios():
+        capsys.readouterr()
+        head, _, *rows = printed(capsys, known, 'recipes')
+        return [row[head.index('of the first')] for row in rows]
+
+    def time_iterations(row, settings, data_root, work_dir, iterations):
+        name = next(name for name in seconds if _studies.RECIPES.rows[name] is row)
         asked.append((name, iterations))
         return next(seconds[name])
 
@@ -333,10 +338,34 @@ def test_times_that_were_taken_in_turn_are_those_of_the_table(
     assert asked == [('paper', 40), ('penalty', 40)] * 2
     # The least of each iteration: 5 and 3 by the one, 1 and 0 by the other.
     times = json.loads((tmp_path / 'recipes/times.json').read_text())
-    assert times['seconds'] == dict(paper=4.0, penalty=0.5)
-    capsys.readouterr()
-    head, _, *rows = printed(capsys, known, 'recipes')
-    assert [row[head.index('of the first')] for row in rows] == ['1.00', '0.12']
+    found = {name: (row['seconds'], row['iterations']) for name, row in times['rows'].items()}
+    assert found == dict(paper=(4.0, 2), penalty=(0.5, 2))
+    assert ratios() == ['1.00', '0.12']
+    # Others stay, but not beside those of another machine.
+    with monkeypatch.context() as patch:
+        patch.setattr(_single_run, 'time_iterations', lambda *args: [1.0])
+        run('recipes', '--time', '1', '--rows', 'penalty', out='.')
+        assert ratios() == ['1.00', '0.25']
+        patch.setattr(_single_run, 'processor', lambda: 'another')
+        run('recipes', '--time', '1', '--rows', 'paper', out='.')
+    assert 'recipes/times.json is of another machine' in capsys.readouterr().out
+    assert ratios() == ['1.00', '']
+    # Without the first row's, or with settings that have changed, minutes are compared.
+    times = json.loads((tmp_path / 'recipes/times.json').read_text())
+    times['rows']['paper']['warmup_share'] = 0.5
+    _records.write_json(tmp_path / 'recipes/times.json', times)
+    assert ratios() == ['1.00', '0.25']
+
+
+@pytest.mark.parametrize('flags', [['--list'], ['--table'], ['--plot']])
+def test_timing_goes_alone_and_with_a_first_row(flags, capsys):
+    with pytest.raises(SystemExit):
+        study_tool.main(['recipes', '--time', '1', *flags])
+    with pytest.raises(SystemExit):
+        study_tool.main(['table1', '--time', '1'])
+    told = capsys.readouterr().err
+    assert '--time must be at least 1, and goes without --list' in told
+    assert '--time: table1 has no row that the others are compared with' in told
 
 
 @pytest.mark.parametrize('row, budget', [('few', 8), ('paper', 18)])
@@ -349,7 +378,8 @@ def test_iterations_are_timed_at_whole_budgets(row, budget, tmp_path, monkeypatc
     )
     monkeypatch.setattr('mmengine.runner.ValLoop.run', lambda self: pytest.fail('validated'))
     folder = tmp_path / 'run'
-    seconds = _single_run.time_iterations(study, study.rows[row], str(data), folder, 1)
+    settings = study_tool.timed_settings(study, study.rows[row])
+    seconds = _single_run.time_iterations(study.rows[row], settings, str(data), folder, 1)
     # Of 65 images one batch.
     assert len(seconds) == 1 and seconds[0] > 0 and not [*folder.rglob('*.pth')]
     layer = runners[0].model.backbone.implicit

@@ -2,8 +2,8 @@
 
 A window moves over each image by so many pixels a frame. Each frame is segmented four times by the
 same solver at the same tolerance: from zeros, from the equilibrium of the frame before it, from
-there with the history of that solve, and so again with the equilibrium moved along. The first frame
-of a pan, cold in every case, is left out.
+there with the history of that solve, and so again with the equilibrium first moved along. The first
+frame of a pan, cold in every case, is left out.
 
 Two solves that stop at a loose tolerance differ, wherever they began. How far either is from the
 equilibrium is shown by the labels of a further, cold solve to a tenth of the smallest tolerance, or

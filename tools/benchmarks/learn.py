@@ -138,7 +138,7 @@ def train(
         for name in ('train_dataloader', 'val_dataloader'):
             cfg[name].update(num_workers=0, persistent_workers=False)
         fit_to_machine(cfg)
-        check_data(cfg, ('train_dataloader', 'val_dataloader'))
+        check_data(cfg, ('train_dataloader', 'val_dataloader'), '--data-root FOLDER')
         runner = build_runner(cfg)
         if published is not None:
             runner.model.backbone = Torchdeq(runner.model.backbone, **published)

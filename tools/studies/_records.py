@@ -7,7 +7,7 @@ from typing import Any
 
 from _studies import Row, Study
 
-# The file of what an iteration of each row takes.
+# File of the CPU seconds of an iteration of each row.
 TIMES = 'times.json'
 # The remedy if a result has other settings.
 REMEDY = 'delete it, or name another folder by --out'

@@ -42,10 +42,10 @@ def table(study: Study, runs: Runs, times: Mapping[str, float] | None = None) ->
 
     Accuracies are percent; in bold that at the evaluations that the row was trained with. The
     residual is relative, there; the radius is the spectral radius, mean over images. Minutes are
-    CPU time of the training alone, and so is what ``of the first`` compares, unless there are
-    ``times`` of the rows that were taken in turn.
+    CPU time of the training alone. ``of the first`` compares these, or ``times``, the seconds of an
+    iteration of each row, where the baseline is among them.
     """
-    if times is None:
+    if not times or study.baseline not in times:
         times = {name: mean(run['cpu_seconds'] for run in row) for name, row in runs.items()}
     counts = sorted(
         {count for row in runs.values() for run in row for count in curve(run, 'accuracy')}

@@ -169,7 +169,7 @@ def make_config(
     cfg.default_hooks.checkpoint.update(save_best=None, max_keep_ckpts=1)
     fit_to_machine(cfg)
     check_scales(cfg.model)
-    check_data(cfg, ('train_dataloader', 'test_dataloader'))
+    check_data(cfg, ('train_dataloader', 'test_dataloader'), '--data-root FOLDER')
     if settings['holdout']:
         _hold_out(cfg, settings['holdout'])
     if iterations is not None:
@@ -308,19 +308,25 @@ def run(
 
 
 def time_iterations(
-    study: Study, row: Row, data_root: str | None, work_dir: Path, iterations: int
+    row: Row,
+    settings: dict[str, Any],
+    data_root: str | None,
+    work_dir: Path,
+    iterations: int,
 ) -> list[float]:
     """CPU seconds of each iteration of a short training, on one thread.
 
     As much of it is unrolled as of a whole one. Solvers take their whole budgets, which nets that
     have been trained for some time need.
 
+    Returns:
+        As many as ``iterations``, fewer if there are fewer images.
+
     Raises:
         SystemExit: If config or images are not there.
     """
     torch.set_num_threads(1)
     with one_line_errors('study.py'):
-        settings = settings_of(study, row, seed=0, epochs=1)
         cfg = make_config(row, settings, data_root, work_dir, iterations)
         cfg.log_level = 'ERROR'
     runner, times = build_runner(cfg), Times()

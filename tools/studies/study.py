@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from _records import REMEDY, TIMES, is_there, read_json, settings_of, write_json
-from _studies import STUDIES, Study
+from _studies import STUDIES, Row, Study
 
 # Iterations of a round of --time: enough that drawn budgets and penalties have their mean.
 TIMED = 40
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--time',
         type=int,
         metavar='ROUNDS',
-        help='time iterations of all rows in turn, so many rounds, for the table',
+        help='time iterations of the rows in turn, so many rounds; the table compares them',
     )
     parser.add_argument('--table', action='store_true', help='print a table of the finished runs')
     parser.add_argument(
@@ -84,8 +85,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--rows {" ".join(unknown)}: {args.study} has {", ".join(study.rows)}')
     if args.jobs < 0 or (args.epochs is not None and args.epochs < 1):
         parser.error('--jobs must be at least 0 and --epochs at least 1')
-    if args.time is not None and args.time < 1:
-        parser.error('--time must be at least 1')
+    if args.time is not None:
+        if args.time < 1 or args.list or args.table or args.plot is not None:
+            parser.error('--time must be at least 1, and goes without --list, --table and --plot')
+        if study.baseline is None:
+            parser.error(f'--time: {args.study} has no row that the others are compared with')
     return args
 
 
@@ -142,27 +146,45 @@ def time_rows(study: Study, args: argparse.Namespace) -> None:
     """Time the rows in turn, and write the CPU seconds that an iteration of each takes.
 
     Of each iteration it is the least of all rounds, so that a busy machine matters little; over the
-    iterations it is the mean, since some draw more evaluations, or a penalty, than others.
+    iterations it is the mean, since some draw more evaluations, or a penalty, than others. Rows
+    that were timed before on such a machine stay in the file.
     """
     from _single_run import processor, time_iterations, versions
 
+    path = Path(args.out) / args.study / TIMES
+    machine = dict(processor=processor(), versions=versions())
+    kept = read_json(path) or {}
+    if kept and any(kept.get(key) != value for key, value in machine.items()):
+        print(f'{path} is of another machine or other versions: its rows are left out')
+        kept = {}
+    rows = {name: study.rows[name] for name in args.rows or study.rows}
     least: dict[str, list[float]] = {}
-    for number in range(args.time):
-        for name in args.rows or study.rows:
+    for number in range(1, args.time + 1):
+        for name, row in rows.items():
+            settings = timed_settings(study, row)
             with tempfile.TemporaryDirectory() as folder:
-                seconds = time_iterations(
-                    study, study.rows[name], args.data_root, Path(folder), TIMED
-                )
+                seconds = time_iterations(row, settings, args.data_root, Path(folder), TIMED)
             least[name] = [min(pair) for pair in zip(seconds, least.get(name, seconds))]
-            print(f'round {number + 1}, {name}: {mean(seconds):.3f} s an iteration', flush=True)
-    content = dict(
-        seconds={name: mean(seconds) for name, seconds in least.items()},
-        iterations=TIMED,
-        rounds=args.time,
-        processor=processor(),
-        versions=versions(),
-    )
-    write_json(Path(args.out) / args.study / TIMES, content)
+            print(f'round {number}, {name}: {mean(seconds):.3f} s an iteration', flush=True)
+            kept.setdefault('rows', {})[name] = dict(
+                settings, seconds=mean(least[name]), iterations=len(seconds), rounds=number
+            )
+        write_json(path, {**kept, **machine})
+
+
+def timed_settings(study: Study, row: Row) -> dict[str, Any]:
+    """The settings that identify what is timed."""
+    return settings_of(study, row, seed=0, epochs=1)
+
+
+def read_times(study: Study, path: Path) -> dict[str, float]:
+    """CPU seconds of an iteration of each row that was timed with the settings it has now."""
+    found = (read_json(path) or {}).get('rows', {})
+    times = {}
+    for name, row in study.rows.items():
+        if timed_settings(study, row).items() <= found.get(name, {}).items():
+            times[name] = found[name]['seconds']
+    return times
 
 
 class Processes:
@@ -271,8 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         if not runs:
             sys.exit(f'study.py: no finished runs in {Path(args.out) / args.study}')
         if args.table:
-            times = read_json(Path(args.out) / args.study / TIMES)
-            print(table(study, runs, times and times['seconds']))
+            print(table(study, runs, read_times(study, Path(args.out) / args.study / TIMES)))
         if args.plot is not None:
             path = Path(args.plot or Path(args.out) / args.study / f'{args.study}.png')
             path.parent.mkdir(parents=True, exist_ok=True)

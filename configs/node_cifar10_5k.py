@@ -1,9 +1,9 @@
 # Neural ODE beside mdeq_tiny_cifar10_5k.py, the net of node_cifar10.py: needs torchdiffeq. 171,352
-# parameters.
+# parameters. One Runge-Kutta step: dopri5 to 1e-3 and its adjoint take some 15 times as long.
 _base_ = ['./mdeq_tiny_cifar10_5k.py']
 model = dict(
     backbone=dict(
-        _delete_=True, type='NeuralODEBackbone', hidden_channels=124, augment_channels=0, tol=1e-3
+        _delete_=True, type='NeuralODEBackbone', hidden_channels=124, augment_channels=0, steps=1
     ),
     neck=dict(
         _delete_=True,

@@ -381,6 +381,7 @@ def backbone_of(model: nn.Module) -> dict[str, Any]:
         told.update(
             hidden_channels=backbone.function.conv1.out_channels,
             augment_channels=backbone.augment_channels,
+            steps=backbone.steps,
             tol=backbone.tol,
         )
     return told

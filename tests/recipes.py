@@ -98,7 +98,7 @@ LARGE = dict(parameters=54_489_440, channels=[80, 160, 320, 640])
 XL = dict(parameters=77_780_296, channels=[88, 176, 352, 704], expansion=6)
 
 
-def neural_ode(parameters: int, hidden: int, augmented: int) -> Values:
+def neural_ode(parameters: int, hidden: int, augmented: int, steps: int = 0) -> Values:
     """A Neural ODE at the size of the image. It has no f, and so no norms of f."""
     return dict(
         type='NeuralODEBackbone',
@@ -109,6 +109,7 @@ def neural_ode(parameters: int, hidden: int, augmented: int) -> Values:
         hidden_channels=hidden,
         augment_channels=augmented,
         tol=1e-3,
+        steps=steps,
     )
 
 
@@ -1350,7 +1351,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         runtime=of_classification(log=20),
     ),
     node_cifar10_5k=dict(
-        backbone=neural_ode(140_622, hidden=124, augmented=0),
+        backbone=neural_ode(140_622, hidden=124, augmented=0, steps=1),
         heads=neural_ode_classifier(171_352, 3),
         training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
         data=CIFAR10_FOLDERS,
@@ -1358,7 +1359,7 @@ RECIPES: dict[str, dict[str, Values]] = dict(
         runtime=of_classification(log=20),
     ),
     anode_cifar10_5k=dict(
-        backbone=neural_ode(39_322, hidden=64, augmented=10),
+        backbone=neural_ode(39_322, hidden=64, augmented=10, steps=1),
         heads=neural_ode_classifier(172_452, 3 + 10),
         training=epochs(adam(1e-3, 2.5e-6), 20, batch=64, gpus=1, warmup=warmup(0, 5)),
         data=CIFAR10_FOLDERS,

@@ -71,7 +71,7 @@ DEFAULTS = dict(
     MDEQCell=dict(F, expansion=5, norm_kernel='auto'),
     MDEQFuseNeck=dict(norm_cfg=dict(type='BN'), init_cfg=None),
     NeuralODEBackbone=dict(
-        in_channels=3, hidden_channels=64, augment_channels=0, tol=1e-3, init_cfg=None
+        in_channels=3, hidden_channels=64, augment_channels=0, tol=1e-3, steps=0, init_cfg=None
     ),
 )
 # Options without a default, or that a caller of deq alone never gives.

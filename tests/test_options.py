@@ -29,7 +29,7 @@ DEFAULTS = {
     layers.VariationalDropout2d: dict(drop_rate=0.5),
     layers.MDEQGroupNorm: dict(num_groups=8, eps=1e-5, affine=True, kernel='auto'),
     models.NeuralODEBackbone: dict(
-        in_channels=3, hidden_channels=64, augment_channels=0, tol=1e-3, init_cfg=None
+        in_channels=3, hidden_channels=64, augment_channels=0, tol=1e-3, steps=0, init_cfg=None
     ),
 }
 
@@ -113,6 +113,7 @@ INTEGERS = [
     (models.NeuralODEBackbone, 'in_channels', 1, {}),
     (models.NeuralODEBackbone, 'hidden_channels', 1, {}),
     (models.NeuralODEBackbone, 'augment_channels', 0, {}),
+    (models.NeuralODEBackbone, 'steps', 0, {}),
 ]
 # Owner, option, the interval in its message, its needs, numbers in it and numbers outside.
 NUMBERS = [

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from ..options import check_int, check_number, checks_options
 
 
-def _odeint_adjoint() -> Callable[..., Tensor]:
-    """torchdiffeq's integrator, imported only here because no other model needs the package."""
+def _integrators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """torchdiffeq's integrator, differentiated through its steps or by the adjoint method.
+
+    Imported only here because no other model needs the package.
+    """
     try:
-        from torchdiffeq import odeint_adjoint
+        from torchdiffeq import odeint, odeint_adjoint
     except ImportError as error:
         raise ImportError(
             'NeuralODEBackbone integrates with torchdiffeq, which cannot be imported here '
             f'({error}). Install it: pip install torchdiffeq'
         ) from error
-    return odeint_adjoint
+    return odeint, odeint_adjoint
 
 
 def _with_time(t: Tensor, z: Tensor) -> Tensor:
@@ -72,6 +75,9 @@ class NeuralODEBackbone(BaseModule):
         augment_channels (int): Channels of zeros that join the image in z(0). 0 is the plain
             Neural ODE, whose paths cannot cross; with more dimensions they need not.
         tol (float): Relative and absolute tolerance of the integrator, both ways.
+        steps (int): If positive, so many equal steps of the fourth-order Runge-Kutta method in
+            place of dopri5, whatever their error. The gradient goes back through them, and memory
+            grows with their number; an image's answer no longer depends on its batch.
         init_cfg (dict | list, optional): MM's initialization; PyTorch's by default.
     """
 
@@ -81,6 +87,7 @@ class NeuralODEBackbone(BaseModule):
         hidden_channels: int = 64,
         augment_channels: int = 0,
         tol: float = 1e-3,
+        steps: int = 0,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -89,15 +96,20 @@ class NeuralODEBackbone(BaseModule):
         self.augment_channels = check_int(name, 'augment_channels', augment_channels, 0)
         check_int(name, 'hidden_channels', hidden_channels, 1)
         self.tol = check_number(name, 'tol', tol, 0, open_low=True)
+        self.steps = check_int(name, 'steps', steps, 0)
         # A missing package is reported when the model is built, not at its first batch.
-        _odeint_adjoint()
+        _integrators()
         self.function = ConvODEFunction(in_channels + augment_channels, hidden_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """(N, in_channels, H, W) -> z(1), one (N, in_channels + augment_channels, H, W)."""
         z0 = F.pad(x, (0, 0, 0, 0, 0, self.augment_channels))
-        times = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
-        path = _odeint_adjoint()(
-            self.function, z0, times, rtol=self.tol, atol=self.tol, method='dopri5'
-        )
+        odeint, odeint_adjoint = _integrators()
+        times = torch.linspace(0, 1, max(1, self.steps) + 1, dtype=x.dtype, device=x.device)
+        if self.steps:
+            path = odeint(self.function, z0, times, method='rk4')
+        else:
+            path = odeint_adjoint(
+                self.function, z0, times, rtol=self.tol, atol=self.tol, method='dopri5'
+            )
         return (path[-1],)

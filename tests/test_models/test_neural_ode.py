@@ -71,6 +71,40 @@ def test_adjoint_gradient_is_that_of_a_differentiated_integrator():
         assert torch.linalg.vector_norm(a - u) < 2e-2 * torch.linalg.vector_norm(u)
 
 
+@pytest.mark.parametrize('steps', [1, 2, 4])
+def test_fixed_steps_are_of_fourth_order(steps):
+    """dz/dt = z: a step of length h multiplies by the first five terms of exp(h)."""
+    backbone = NeuralODEBackbone(hidden_channels=8, steps=steps).double()
+    backbone.function = ZIsItsOwnRate()
+    image = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    (out,) = backbone(image)
+    h = 1 / steps
+    growth = (1 + h + h**2 / 2 + h**3 / 6 + h**4 / 24) ** steps
+    torch.testing.assert_close(out, growth * image)
+    (grad,) = torch.autograd.grad(out.sum(), image)
+    torch.testing.assert_close(grad, torch.full_like(image, growth))
+
+
+class ZIsItsOwnRate(torch.nn.Module):
+    def forward(self, t, z):
+        return z
+
+
+def test_the_gradient_through_fixed_steps_is_near_the_adjoints():
+    torch.manual_seed(0)
+    adaptive = NeuralODEBackbone(hidden_channels=16, augment_channels=2, tol=1e-4).double()
+    stepped = NeuralODEBackbone(hidden_channels=16, augment_channels=2, steps=16).double()
+    stepped.load_state_dict(adaptive.state_dict())
+    image = torch.rand(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    found = [
+        torch.autograd.grad((net(image)[0] * weights).sum(), [image, *net.parameters()])
+        for net in (adaptive, stepped)
+    ]
+    for a, s in zip(*found, strict=True):
+        assert torch.linalg.vector_norm(a - s) < 2e-2 * torch.linalg.vector_norm(a)
+
+
 @pytest.mark.parametrize('name', ['node_cifar10', 'anode_cifar10'])
 def test_configs_have_the_papers_size_and_take_a_training_step(name):
     pytest.importorskip('mmpretrain')

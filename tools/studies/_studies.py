@@ -181,12 +181,13 @@ def rate(lr: float, decay: float) -> Options:
     return {'optim_wrapper.optimizer.lr': lr, 'optim_wrapper.optimizer.weight_decay': decay}
 
 
-# The best of the tuning below. The other nets have their configs', which are not tuned.
-RATES = dict(resnet18=rate(3e-3, 1e-4))
+# The best of the tuning below; the single-stream DEQ has the MDEQ's, and the Neural ODEs have their
+# configs', which are not tuned.
+RATES = dict(resnet18=rate(3e-3, 1e-4), mdeq=rate(3e-3, 0.0), deq=rate(3e-3, 0.0))
 
 TABLE1 = Study(
     title='Nets of one size, trained alike (paper, Table 1, on a tenth of the images)',
-    epochs=20,
+    epochs=30,
     options=BFLOAT16,
     rows={
         **{name: Row(title, config, RATES.get(name, {})) for name, (title, config) in NETS.items()},
@@ -201,7 +202,7 @@ TABLE1 = Study(
 
 TUNING = Study(
     title='Learning rate and weight decay of each net, tested on a fifth of the training images',
-    epochs=TABLE1.epochs,
+    epochs=20,
     options=BFLOAT16,
     seeds=(0,),
     holdout=5,
@@ -214,6 +215,15 @@ TUNING = Study(
         for (name, (title, config)), lr, decay in product(
             NETS.items(), (3e-4, 1e-3, 3e-3), (0.0, 1e-4, 1e-3)
         )
+    }
+    | {
+        # The configs' dropout of f is 0.25.
+        f'mdeq_lr{lr:g}_drop{drop:g}': Row(
+            f'MDEQ-tiny, rate {lr:g}, decay 0, dropout {drop:g}',
+            TINY,
+            {**rate(lr, 0.0), 'model.backbone.drop_rate': drop},
+        )
+        for lr, drop in product((1e-3, 3e-3), (0.0, 0.1))
     },
 )
 
